@@ -1,0 +1,1 @@
+"""Ground floor: checkpoint, export graph, artifact folder, audio, tokens and decoding."""

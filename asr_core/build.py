@@ -1,0 +1,194 @@
+"""Build an artifact folder: in a process of its own, beside its final place, and under its name only once it is checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from asr_core import artifact, isolate, registry, tokens
+from asr_core.artifact import MANIFEST, Artifact, Manifest, TensorSpec
+from asr_core.checkpoint import Checkpoint
+from asr_core.errors import ArtifactError, StorageError, UsageError
+
+PARTIAL = ".partial-"
+REPLACED = ".replaced-"
+FAILED = ".failed"
+FAILED_REASON = "FAILED.txt"
+# Sources besides the exporter's own that decide what bytes an export writes.
+SHARED_SOURCES = ("graph.py", "build.py", "tokens.py", "audio.py", "artifact.py")
+
+
+class Exporter(Protocol):
+    """What every module in ``exporters/`` offers.
+
+    ``export`` writes only below ``folder`` and returns the tensors of its graphs; it never writes the manifest. The module
+    imports its converter inside ``export``, so that listing precisions costs nothing.
+    """
+
+    PRECISIONS: tuple[str, ...]
+
+    def export(
+        self, checkpoint: Checkpoint, folder: Path, precision: str, progress: isolate.Progress
+    ) -> list[TensorSpec]:
+        """Convert the checkpoint."""
+        ...
+
+
+def exporter(target: str) -> Exporter:
+    """Load the exporter of a target."""
+    return cast("Exporter", registry.load("exporters", target))
+
+
+def check_precision(target: str, precision: str) -> None:
+    """Raise :class:`UsageError` where the target has no such precision."""
+    known = exporter(target).PRECISIONS
+    if precision not in known:
+        raise UsageError(f"{target} has no precision {precision!r}; it has: {', '.join(known)}.")
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A sealed artifact that waits beside its final place for the verdict."""
+
+    path: Path
+    final: Path
+
+    def publish(self) -> Artifact:
+        """Move the artifact under its final name, replacing an older one and an older failure."""
+        replaced = self.final.with_name(f".{self.final.name}{REPLACED}{os.getpid()}")
+        if self.final.exists():
+            self.final.rename(replaced)
+        self.path.rename(self.final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(self.final.with_name(self.final.name + FAILED), ignore_errors=True)
+        return Artifact(self.final, artifact.read_manifest(self.final))
+
+    def quarantine(self, reason: str) -> Path:
+        """Move the artifact to ``<name>.failed`` with the reason beside it; an older good one stays as it is."""
+        failed = self.final.with_name(self.final.name + FAILED)
+        shutil.rmtree(failed, ignore_errors=True)
+        (self.path / FAILED_REASON).write_text(reason + "\n", encoding="utf-8")
+        self.path.rename(failed)
+        return failed
+
+
+def build_key(checkpoint: Checkpoint, target: str, precision: str) -> str:
+    """SHA-256 over everything that decides the bytes: checkpoint, target, precision, our sources and the tools' versions."""
+    core = Path(__file__).parent
+    sources = [core / name for name in SHARED_SOURCES] + [registry.source("exporters", target)]
+    inputs = {
+        "fingerprint": checkpoint.fingerprint,
+        "target": target,
+        "precision": precision,
+        "sources": [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources],
+        "tools": tool_versions(target),
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def tool_versions(target: str) -> dict[str, str]:
+    """Versions of this package and of every package that the target's export uses."""
+    packages = {"asr-export", *registry.requirements("export"), *registry.requirements(target)}
+    return {name: metadata.version(name) for name in sorted(packages)}
+
+
+def up_to_date(checkpoint: Checkpoint, target: str, precision: str, final: Path) -> bool:
+    """Whether ``final`` holds an unharmed artifact made from exactly today's inputs."""
+    try:
+        return Artifact.open(final).manifest.build_key == build_key(checkpoint, target, precision)
+    except ArtifactError:
+        return False
+
+
+def stage(
+    checkpoint: Checkpoint,
+    target: str,
+    precision: str,
+    final: Path,
+    progress: isolate.Progress = lambda stage: None,
+) -> Staged:
+    """Export into a hidden folder beside ``final`` and seal it.
+
+    Raises :class:`~asr_core.errors.UnavailableError`, :class:`~asr_core.errors.ExportError` or :class:`StorageError`; nothing
+    is left behind then.
+    """
+    check_precision(target, precision)
+    registry.require(target, "export")
+    partial = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}")
+    try:
+        clean(final)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(f"cannot write to {final.parent}: {error.strerror}.") from error
+    try:
+        outcome = isolate.run(
+            "asr_core.build:export_in_process",
+            {"checkpoint": str(checkpoint.path), "name": checkpoint.name, "target": target, "precision": precision,
+             "folder": str(partial)},
+            progress=progress,
+        )  # fmt: skip
+        isolate.result_or_raise(outcome, f"the export of {target}-{precision}")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Staged(partial, final)
+
+
+def clean(final: Path) -> None:
+    """Remove what killed exports of this artifact left behind; bring back a good one that was being replaced."""
+    for left in sorted(final.parent.glob(f".{final.name}.*-*")):
+        if _alive(int(left.name.rpartition("-")[2])):
+            continue
+        if REPLACED in left.name and not final.exists():
+            left.rename(final)
+        else:
+            shutil.rmtree(left)
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def export_in_process(
+    checkpoint: str, name: str, target: str, precision: str, folder: str, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Export, bundle and seal; runs inside the isolated process."""
+    started = time.perf_counter()
+    progress("checkpoint")
+    opened = Checkpoint.open(checkpoint)
+    path = Path(folder)
+    tensors = exporter(target).export(opened, path, precision, progress)
+    progress("seal")
+    tokens.write_bundle(opened.path, opened.dims.n_mels, path)
+    manifest = Manifest(
+        target=target,
+        precision=precision,
+        checkpoint=name,
+        fingerprint=opened.fingerprint,
+        build_key=build_key(opened, target, precision),
+        dims=opened.dims,
+        tokens=tokens.TokenIds.read(opened.path, opened.generation, opened.dims.n_text_ctx),
+        tensors=tensors,
+        files=artifact.seal(path),
+        tools=tool_versions(target),
+        export_seconds=round(time.perf_counter() - started, 3),
+        export_peak_rss_mb=round(isolate.peak_rss_mb(), 1),
+    )
+    (path / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return {}

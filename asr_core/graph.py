@@ -1,0 +1,216 @@
+"""The export graph: thin torch modules that every exporter shares, the project's only torch modelling code.
+
+Parameter names are those of Hugging Face's Whisper, so a checkpoint's tensors load without renaming. Every fixed size is
+a Python constant because tracers stumble on ``x.shape``. Whisper's shapes: Radford et al. 2022, section 2.2.
+
+Axes: B batch, T new tokens, P past tokens, F audio positions (1500), D model width, H heads, E = D / H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from asr_core.checkpoint import Dims
+
+# Large enough to vanish in a softmax, small enough for float16 (largest value 65504).
+MASKED = -1e4
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, D] → [B, H, T, E]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, T, E] → [B, T, D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention of [B, H, T, E] queries over [B, H, S, E]; the scale is already in ``q``."""
+    scores = q @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1) @ v
+
+
+class Attention(nn.Module):
+    """The four projections of one attention block (Whisper's key projection has no bias)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = (width // heads) ** -0.5
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def query(self, x: Tensor) -> Tensor:
+        """Scaled queries [B, H, T, E]."""
+        return split_heads(self.q_proj(x) * self.scale, self.heads)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, S, E] of the attended sequence."""
+        return split_heads(self.k_proj(x), self.heads), split_heads(self.v_proj(x), self.heads)
+
+    def output(self, attended: Tensor) -> Tensor:
+        """Project attended heads back to the model width."""
+        projected: Tensor = self.out_proj(merge_heads(attended))
+        return projected
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm self-attention and feed-forward."""
+
+    def __init__(self, width: int, heads: int, ffn: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(width, heads)
+        self.self_attn_layer_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, ffn)
+        self.fc2 = nn.Linear(ffn, width)
+        self.final_layer_norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform hidden states [B, F, D]."""
+        h = self.self_attn_layer_norm(x)
+        k, v = self.self_attn.keys_values(h)
+        x = x + self.self_attn.output(attend(self.self_attn.query(h), k, v))
+        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+
+
+class Encoder(nn.Module):
+    """Log-mel → encoder states; state-dict prefix ``model.encoder.``."""
+
+    def __init__(self, dims: Dims) -> None:
+        super().__init__()
+        width = dims.d_model
+        self.conv1 = nn.Conv1d(dims.n_mels, width, 3, padding=1)
+        self.conv2 = nn.Conv1d(width, width, 3, stride=2, padding=1)
+        self.embed_positions = nn.Embedding(dims.n_audio_ctx, width)
+        self.layers = nn.ModuleList(
+            EncoderLayer(width, dims.encoder_heads, dims.encoder_ffn) for _ in range(dims.encoder_layers)
+        )
+        self.layer_norm = nn.LayerNorm(width)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """Encode float [B, n_mels, 2F] log-mel into float [B, F, D] states."""
+        x = F.gelu(self.conv2(F.gelu(self.conv1(mel))))
+        x = x.transpose(1, 2) + self.embed_positions.weight
+        for layer in self.layers:
+            x = layer(x)
+        states: Tensor = self.layer_norm(x)
+        return states
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm causal self-attention over past and new rows, cross-attention, feed-forward."""
+
+    def __init__(self, width: int, heads: int, ffn: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(width, heads)
+        self.self_attn_layer_norm = nn.LayerNorm(width)
+        self.encoder_attn = Attention(width, heads)
+        self.encoder_attn_layer_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, ffn)
+        self.fc2 = nn.Linear(ffn, width)
+        self.final_layer_norm = nn.LayerNorm(width)
+
+    def cross_and_ffn(self, x: Tensor, cross_k: Tensor, cross_v: Tensor) -> Tensor:
+        """Everything after self-attention; cross keys and values are [B, H, F, E]."""
+        q = self.encoder_attn.query(self.encoder_attn_layer_norm(x))
+        x = x + self.encoder_attn.output(attend(q, cross_k, cross_v))
+        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+
+
+class Decoder(nn.Module):
+    """The text decoder's weights and embedding; state-dict prefix ``model.decoder.``.
+
+    Exporters wrap it in the form that their runtime wants, as :class:`DynamicStep` does. The head is tied to the embedding,
+    as in every Whisper.
+    """
+
+    def __init__(self, dims: Dims) -> None:
+        super().__init__()
+        width = dims.d_model
+        self.dims = dims
+        self.embed_tokens = nn.Embedding(dims.vocab, width)
+        self.embed_positions = nn.Embedding(dims.n_text_ctx, width)
+        self.layers = nn.ModuleList(
+            DecoderLayer(width, dims.decoder_heads, dims.decoder_ffn) for _ in range(dims.decoder_layers)
+        )
+        self.layer_norm = nn.LayerNorm(width)
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Token plus learned position embeddings: int [B, T] and int [T] → [B, T, D]."""
+        embedded: Tensor = self.embed_tokens(tokens) + self.embed_positions(positions)
+        return embedded
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states [B, T, D] → logits [B, T, vocab]."""
+        return self.layer_norm(x) @ self.embed_tokens.weight.t()
+
+    def cross_keys_values(self, states: Tensor) -> list[Tensor]:
+        """Cross-attention K then V of every layer, [B, H, F, E] each: [k0, v0, k1, v1, …]."""
+        pairs = (layer.encoder_attn.keys_values(states) for layer in self.layers)
+        return [tensor for pair in pairs for tensor in pair]
+
+
+class EncodeWithCross(nn.Module):
+    """Mel → encoder states and the cross-attention K/V of every decoder layer, computed once per window."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, mel: Tensor) -> tuple[Tensor, ...]:
+        """[B, n_mels, 2F] → (states [B, F, D], k0, v0, k1, v1, …) with K/V [B, H, F, E]."""
+        states = self.encoder(mel)
+        return (states, *self.decoder.cross_keys_values(states))
+
+
+class DynamicStep(nn.Module):
+    """Decoder step for runtimes with dynamic shapes: T ≥ 1 new tokens after P ≥ 0 past ones, one graph for both.
+
+    It returns only the *new* K/V rows (delta cache); whoever runs it owns the cache. Rows are laid out [P, B, H, E], so that
+    the first P rows of a longer buffer are contiguous memory.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, tokens: Tensor, past: Sequence[Tensor], cross: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Tokens int [B, T]; past 2L × [P, B, H, E]; cross 2L × [B, H, F, E] → (logits [B, T, vocab], 2L × [T, B, H, E])."""
+        p = past[0].shape[0]
+        t = tokens.shape[1]
+        positions = torch.arange(p, p + t, device=tokens.device)
+        mask = (torch.arange(p + t, device=tokens.device)[None, :] > positions[:, None]) * MASKED
+        x = self.decoder.embed(tokens, positions)
+        mask = mask.to(x.dtype)
+        new: list[Tensor] = []
+        for i, layer in enumerate(self.decoder.layers):
+            attn = layer.self_attn
+            h = layer.self_attn_layer_norm(x)
+            k_new = attn.k_proj(h).unflatten(-1, (attn.heads, -1)).transpose(0, 1)
+            v_new = attn.v_proj(h).unflatten(-1, (attn.heads, -1)).transpose(0, 1)
+            k = torch.cat([past[2 * i], k_new]).permute(1, 2, 0, 3)
+            v = torch.cat([past[2 * i + 1], v_new]).permute(1, 2, 0, 3)
+            x = x + attn.output(attend(attn.query(h), k, v, mask))
+            x = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
+            new += [k_new, v_new]
+        return (self.decoder.logits(x), *new)
+
+
+def load_weights(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
+    """Copy ``prefix``-ed tensors of a Whisper state dict into ``module``; a missing one is an error."""
+    own = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    module.load_state_dict(own, strict=True)
+

@@ -1,0 +1,120 @@
+"""Tokenizer bundle: special ids, prompts and text, without transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from asr_core.checkpoint import Frozen
+from asr_core.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TIMESTAMP_STEP = 0.02  # seconds a timestamp token
+
+
+class TokenIds(Frozen):
+    """Special token ids and suppression lists, from the generation config and the tokenizer."""
+
+    start: int
+    end: int
+    no_timestamps: int
+    timestamp_begin: int
+    no_speech: int | None
+    languages: dict[str, int]
+    tasks: dict[str, int]
+    suppress: list[int]
+    begin_suppress: list[int]
+    max_new_tokens: int
+
+    @classmethod
+    def read(cls, folder: Path, generation: dict[str, Any], n_text_ctx: int) -> TokenIds:
+        """Collect the ids of a checkpoint folder; raises :class:`CheckpointError` where one is missing."""
+        tokenizer = load_tokenizer(folder)
+        start = _required(tokenizer, "<|startoftranscript|>", folder)
+        no_timestamps = _required(tokenizer, "<|notimestamps|>", folder)
+        languages = {token[2:-2]: index for token, index in (generation.get("lang_to_id") or {}).items()}
+        no_speech = tokenizer.token_to_id("<|nospeech|>")
+        if no_speech is None:
+            no_speech = tokenizer.token_to_id("<|nocaptions|>")
+        return cls(
+            start=start,
+            end=_required(tokenizer, "<|endoftext|>", folder),
+            no_timestamps=no_timestamps,
+            timestamp_begin=no_timestamps + 1,
+            no_speech=no_speech,
+            languages=languages,
+            tasks=dict(generation.get("task_to_id") or {}) if languages else {},
+            suppress=sorted(generation.get("suppress_tokens") or []),
+            begin_suppress=sorted(generation.get("begin_suppress_tokens") or []),
+            # openai-whisper's sample_len: half of the text context. CTranslate2 holds to the same bound.
+            max_new_tokens=n_text_ctx // 2,
+        )
+
+    def prompt(self, language: str = "en", task: str = "transcribe") -> list[int]:
+        """The decoder's first tokens: start, language, task, no timestamps (language and task only where the model has them).
+
+        Raises :class:`UsageError` for a language or task that the model does not know.
+        """
+        if not self.languages:
+            return [self.start, self.no_timestamps]
+        if language not in self.languages:
+            raise UsageError(f"unknown language {language!r}; this model knows: {', '.join(sorted(self.languages))}.")
+        if task not in self.tasks:
+            raise UsageError(f"unknown task {task!r}; this model knows: {', '.join(sorted(self.tasks))}.")
+        return [self.start, self.languages[language], self.tasks[task], self.no_timestamps]
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read a folder's ``tokenizer.json`` with the tokenizers library."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception for every fault
+        raise CheckpointError(f"{path} cannot be read as a tokenizer ({error}).") from error
+
+
+def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of token ids, special and timestamp tokens left out, without surrounding blanks."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def write_bundle(checkpoint_folder: Path, n_mels: int, folder: Path) -> None:
+    """Add what a client needs beside the network: tokenizer, generation config, mel filters, preprocessor config.
+
+    transformers 5 saves no ``preprocessor_config.json``; without one, faster-whisper feeds 80 mels to a 128-mel model.
+    """
+    import numpy as np
+
+    from asr_core import audio
+
+    for name in ("tokenizer.json", "generation_config.json"):
+        (folder / name).write_bytes((checkpoint_folder / name).read_bytes())
+    np.save(folder / "mel_filters.npy", audio.mel_filters(n_mels))
+    preprocessor = {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "processor_class": "WhisperProcessor",
+        "feature_size": n_mels,
+        "sampling_rate": audio.SAMPLE_RATE,
+        "hop_length": audio.HOP,
+        "chunk_length": audio.WINDOW_SECONDS,
+        "n_fft": audio.N_FFT,
+        "n_samples": audio.WINDOW_SAMPLES,
+        "nb_max_frames": audio.WINDOW_FRAMES,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": False,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
+
+
+def _required(tokenizer: Tokenizer, token: str, folder: Path) -> int:
+    index = tokenizer.token_to_id(token)
+    if index is None:
+        raise CheckpointError(f"{folder / 'tokenizer.json'} has no {token} token: not a Whisper tokenizer.")
+    return index

@@ -1,0 +1,1 @@
+"""Top floor: the commands, the only place that knows every other package."""

@@ -1,0 +1,1 @@
+"""Compare every artifact with the PyTorch reference, each in its own process."""
