@@ -74,9 +74,7 @@ def _hz_to_mel(hz: float) -> float:
 
 
 def _mel_to_hz(mel: NDArray[np.float64]) -> NDArray[np.float64]:
-    hz: NDArray[np.float64] = np.where(
-        mel >= _KNEE_MEL, _KNEE_HZ * np.exp(_LOG_STEP * (mel - _KNEE_MEL)), mel * _LINEAR_HZ
-    )
+    hz: NDArray[np.float64] = np.where(mel >= _KNEE_MEL, _KNEE_HZ * np.exp(_LOG_STEP * (mel - _KNEE_MEL)), mel * _LINEAR_HZ)
     return hz
 
 

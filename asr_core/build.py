@@ -35,9 +35,7 @@ class Exporter(Protocol):
 
     PRECISIONS: tuple[str, ...]
 
-    def export(
-        self, checkpoint: Checkpoint, folder: Path, precision: str, progress: isolate.Progress
-    ) -> list[TensorSpec]:
+    def export(self, checkpoint: Checkpoint, folder: Path, precision: str, progress: isolate.Progress) -> list[TensorSpec]:
         """Convert the checkpoint."""
         ...
 

@@ -34,6 +34,7 @@ TOKENIZER_FILES = (
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 HEAD = "proj_out.weight"
 EMBEDDING = "model.decoder.embed_tokens.weight"
+SHOWN_REASONS = 10
 # What every Whisper has in common; a config that differs needs another graph (DESIGN: one graph for all).
 REQUIRED_CONFIG = {"activation_function": "gelu", "scale_embedding": False}
 
@@ -295,14 +296,17 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
         return [*problems, f"config.json lacks {error}"]
     if dims.n_mels not in (80, 128):
         problems.append(f"num_mel_bins is {dims.n_mels}; Whisper has 80 or 128")
-    for side in ("encoder", "decoder"):
-        if dims.d_model % getattr(dims, f"{side}_heads"):
-            problems.append(f"d_model {dims.d_model} is not a multiple of the {side}'s heads")
-    return problems
+    return problems + [
+        f"d_model {dims.d_model} is not a multiple of the {side}'s heads"
+        for side in ("encoder", "decoder")
+        if dims.d_model % getattr(dims, f"{side}_heads")
+    ]
 
 
 def _list_reasons(path: Path, reasons: list[str]) -> str:
-    shown = reasons[:10] + ([f"… and {len(reasons) - 10} more"] if len(reasons) > 10 else [])
+    shown = reasons[:SHOWN_REASONS]
+    if len(reasons) > SHOWN_REASONS:
+        shown.append(f"… and {len(reasons) - SHOWN_REASONS} more")
     return f"{path} cannot be exported:\n" + "\n".join(f"  - {reason}" for reason in shown)
 
 

@@ -31,11 +31,14 @@ class DecodeOptions:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds spent: encoding the window, the prompt's step (to the first token), each later step."""
+    """Seconds of one batch: encoding, all of decoding, and of that the prompt's pass (to the first token).
+
+    ``prompt_s`` is None where a runtime decodes by itself and does not tell.
+    """
 
     encode_s: float
-    prompt_s: float
-    step_s: list[float] = field(default_factory=list)
+    decode_s: float
+    prompt_s: float | None
 
 
 @dataclass(frozen=True)
@@ -109,18 +112,6 @@ def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     return result
 
 
-class _Clock:
-    """Seconds since the last reading."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        elapsed, self._last = now - self._last, now
-        return elapsed
-
-
 def greedy(stepper: Stepper, mel: Mel, options: DecodeOptions) -> list[Decoded]:
     """Decode a batch of windows by taking the best token at every step.
 
@@ -128,41 +119,48 @@ def greedy(stepper: Stepper, mel: Mel, options: DecodeOptions) -> list[Decoded]:
     leave the batch, so they cost nothing.
     """
     ids = stepper.tokens
-    prompt = ids.prompt(options.language, options.task)
+    prompt = np.array(ids.prompt(options.language, options.task), np.int64)
     limit = options.max_new_tokens or ids.max_new_tokens
     filters = filters_for(ids)
-    batch = len(mel)
-    chosen: list[list[int]] = [[] for _ in range(batch)]
-    sum_logprob = np.zeros(batch)
-    rows = np.arange(batch)
+    hypotheses = [_Hypothesis() for _ in mel]
+    open_rows = hypotheses
 
-    clock = _Clock()
+    started = time.perf_counter()
     state = stepper.encode(mel)
-    encode_s = clock.lap()
-    logits = stepper.step(np.tile(np.array(prompt, np.int64), (batch, 1)), state)
-    no_speech = _no_speech(logits[:, 0], ids)
-    logits = logits[:, -1]
-    prompt_s, step_s = 0.0, []
+    encoded = time.perf_counter()
+    prompt_logits = stepper.step(np.tile(prompt, (len(mel), 1)), state)
+    no_speech = _no_speech(prompt_logits[:, 0], ids)
+    logits = prompt_logits[:, -1]
+    first_token = None
     for produced in range(limit):
         for logit_filter in filters:
             logit_filter.apply(logits, produced)
         picked = logits.argmax(axis=-1)
-        sum_logprob[rows] += np.take_along_axis(log_softmax(logits), picked[:, None], axis=-1)[:, 0]
-        alive = np.flatnonzero(picked != ids.end)
-        for row in alive:
-            chosen[rows[row]].append(int(picked[row]))
-        if produced:
-            step_s.append(clock.lap())
-        else:
-            prompt_s = clock.lap()
+        alive = _extend(open_rows, picked, log_softmax(logits), ids.end)
+        first_token = first_token or time.perf_counter()
         if not len(alive) or produced + 1 == limit:
             break
-        if len(alive) < len(rows):
-            rows, picked = rows[alive], picked[alive]
+        if len(alive) < len(open_rows):
+            open_rows, picked = [open_rows[row] for row in alive], picked[alive]
             state = stepper.reorder(state, alive)
         logits = stepper.step(picked[:, None].astype(np.int64), state)[:, -1]
-    timings = Timings(encode_s, prompt_s, step_s)
-    return [Decoded(chosen[i], float(sum_logprob[i]), no_speech[i], timings) for i in range(batch)]
+    timings = Timings(encoded - started, time.perf_counter() - encoded, (first_token or encoded) - encoded)
+    return [Decoded(h.tokens, h.sum_logprob, p, timings) for h, p in zip(hypotheses, no_speech, strict=True)]
+
+
+@dataclass
+class _Hypothesis:
+    tokens: list[int] = field(default_factory=list)
+    sum_logprob: float = 0.0
+
+
+def _extend(rows: Sequence[_Hypothesis], picked: NDArray[np.int64], logprobs: NDArray[np.float64], end: int) -> NDArray[np.int64]:
+    """Add each row's pick to its hypothesis; returns the indices of the rows that go on."""
+    for i, (row, token) in enumerate(zip(rows, picked.tolist(), strict=True)):
+        row.sum_logprob += float(logprobs[i, token])
+        if token != end:
+            row.tokens.append(token)
+    return np.flatnonzero(picked != end)
 
 
 def teacher_forced(stepper: Stepper, state: Any, tokens: Sequence[int]) -> Logits:

@@ -9,7 +9,7 @@ Axes: B batch, T new tokens, P past tokens, F audio positions (1500), D model wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,9 +94,7 @@ class Encoder(nn.Module):
         self.conv1 = nn.Conv1d(dims.n_mels, width, 3, padding=1)
         self.conv2 = nn.Conv1d(width, width, 3, stride=2, padding=1)
         self.embed_positions = nn.Embedding(dims.n_audio_ctx, width)
-        self.layers = nn.ModuleList(
-            EncoderLayer(width, dims.encoder_heads, dims.encoder_ffn) for _ in range(dims.encoder_layers)
-        )
+        self.layers = nn.ModuleList(EncoderLayer(width, dims.encoder_heads, dims.encoder_ffn) for _ in range(dims.encoder_layers))
         self.layer_norm = nn.LayerNorm(width)
 
     def forward(self, mel: Tensor) -> Tensor:
@@ -142,9 +140,7 @@ class Decoder(nn.Module):
         self.dims = dims
         self.embed_tokens = nn.Embedding(dims.vocab, width)
         self.embed_positions = nn.Embedding(dims.n_text_ctx, width)
-        self.layers = nn.ModuleList(
-            DecoderLayer(width, dims.decoder_heads, dims.decoder_ffn) for _ in range(dims.decoder_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(width, dims.decoder_heads, dims.decoder_ffn) for _ in range(dims.decoder_layers))
         self.layer_norm = nn.LayerNorm(width)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -156,9 +152,14 @@ class Decoder(nn.Module):
         """Hidden states [B, T, D] → logits [B, T, vocab]."""
         return self.layer_norm(x) @ self.embed_tokens.weight.t()
 
+    @property
+    def blocks(self) -> list[DecoderLayer]:
+        """The layers, typed."""
+        return cast("list[DecoderLayer]", list(self.layers))
+
     def cross_keys_values(self, states: Tensor) -> list[Tensor]:
         """Cross-attention K then V of every layer, [B, H, F, E] each: [k0, v0, k1, v1, …]."""
-        pairs = (layer.encoder_attn.keys_values(states) for layer in self.layers)
+        pairs = (layer.encoder_attn.keys_values(states) for layer in self.blocks)
         return [tensor for pair in pairs for tensor in pair]
 
 
@@ -196,7 +197,7 @@ class DynamicStep(nn.Module):
         x = self.decoder.embed(tokens, positions)
         mask = mask.to(x.dtype)
         new: list[Tensor] = []
-        for i, layer in enumerate(self.decoder.layers):
+        for i, layer in enumerate(self.decoder.blocks):
             attn = layer.self_attn
             h = layer.self_attn_layer_norm(x)
             k_new = attn.k_proj(h).unflatten(-1, (attn.heads, -1)).transpose(0, 1)
@@ -213,4 +214,3 @@ def load_weights(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> No
     """Copy ``prefix``-ed tensors of a Whisper state dict into ``module``; a missing one is an error."""
     own = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
     module.load_state_dict(own, strict=True)
-

@@ -150,7 +150,7 @@ def _call(call: dict[str, Any], progress: Progress) -> dict[str, Any]:
         return {"error": "StorageError", "message": str(storage)}
     except errors.AsrExportError as error:
         return {"error": type(error).__name__, "message": str(error)}
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - an isolated call must always answer
         return {"error": "", "message": str(error), "traceback": traceback.format_exc()}
 
 

@@ -72,8 +72,8 @@ class StepRunner(ABC):
         """Teacher-forced logits of one window, through the same steps as decoding."""
         return decode.teacher_forced(self, self.encode(mel), tokens)
 
-    def close(self) -> None:
-        """Free the model (most runtimes do so with their objects)."""
+    def close(self) -> None:  # noqa: B027 - most runtimes free the model with their objects
+        """Free the model."""
 
 
 def open_runner(target: str, path: Path, threads: int) -> Runner:
