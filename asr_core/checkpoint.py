@@ -35,6 +35,8 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.sa
 HEAD = "proj_out.weight"
 EMBEDDING = "model.decoder.embed_tokens.weight"
 SHOWN_REASONS = 10
+# safetensors' names of the dtypes that weights may have, and torch's.
+TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # What every Whisper has in common; a config that differs needs another graph (DESIGN: one graph for all).
 REQUIRED_CONFIG = {"activation_function": "gelu", "scale_embedding": False}
 
@@ -124,7 +126,7 @@ class Checkpoint:
 
     @cached_property
     def weights(self) -> Weights:
-        """The tensors, by name, read from the memory-mapped safetensors one at a time."""
+        """The tensors, by name, read from the safetensors one at a time."""
         return Weights(weight_files(self.path))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -137,40 +139,51 @@ class Checkpoint:
         return bool(self.generation.get("lang_to_id"))
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies: the file, its dtype's name, its shape, and its first byte."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
 class Weights:
-    """Tensors of one or more safetensors files, opened lazily; dtypes stay as stored."""
+    """Tensors of one or more safetensors files, read one at a time; dtypes stay as stored.
+
+    Plain reads, not a memory map: pages of a map count as resident memory, so an export would seem to need all weights.
+    """
 
     def __init__(self, files: list[Path]) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self._handles: dict[str, Any] = {}
+        self._stored: dict[str, Stored] = {}
         for file in files:
-            try:
-                handle = safe_open(str(file), framework="pt")
-                self._handles.update(dict.fromkeys(handle.keys(), handle))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{file} is not a complete safetensors file ({error}). Download or copy it again."
-                ) from error
+            self._stored.update(_stored_tensors(file))
 
     @property
     def names(self) -> list[str]:
         """Every tensor's name, sorted."""
-        return sorted(self._handles)
+        return sorted(self._stored)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in its stored dtype."""
-        tensor: torch.Tensor = self._handles[name].get_tensor(name)
+        """One tensor, in its stored dtype, in memory of its own."""
+        import torch
+
+        stored = self._stored[name]
+        tensor = torch.empty(stored.shape, dtype=getattr(torch, TORCH_DTYPES[stored.dtype]))
+        with stored.file.open("rb") as stream:
+            stream.seek(stored.offset)
+            stream.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
-        return tuple(self._handles[name].get_slice(name).get_shape())
+        return self._stored[name].shape
 
     def problems(self, dims: Dims) -> list[str]:
         """Missing, misshapen, unexpected or non-finite tensors, as sentences."""
         expected = expected_shapes(dims)
-        found = set(self._handles) - {HEAD}
+        found = set(self._stored) - {HEAD}
         problems = [f"tensor {name} is missing" for name in sorted(expected.keys() - found)]
         problems += [f"tensor {name} is not part of a Whisper model" for name in sorted(found - expected.keys())]
         for name in sorted(found & expected.keys()):
@@ -179,12 +192,37 @@ class Weights:
         return problems + list(self._value_problems())
 
     def _value_problems(self) -> Iterator[str]:
+        import torch
+
         for name in self.names:
             tensor = self.read(name)
-            if not tensor.isfinite().all():
+            # The extremes tell as much as isfinite() does, without its temporaries of several times the tensor.
+            if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
                 yield f"tensor {name} holds NaN or infinite values"
-            if name == HEAD and EMBEDDING in self._handles and not tensor.equal(self.read(EMBEDDING)):
+            if name == HEAD and EMBEDDING in self._stored and not tensor.equal(self.read(EMBEDDING)):
                 yield f"{HEAD} differs from {EMBEDDING}: an untied head is not a Whisper model"
+
+
+def _stored_tensors(file: Path) -> dict[str, Stored]:
+    """Read a safetensors file's header: eight bytes of length, JSON, then the tensors' bytes."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="np"):  # validates the header and that the file is as long as it says
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(length))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is not a complete safetensors file ({error}). Download or copy it again.") from error
+    header.pop("__metadata__", None)
+    other = sorted({entry["dtype"] for entry in header.values()} - TORCH_DTYPES.keys())
+    if other:
+        raise CheckpointError(f"{file} holds tensors of type {', '.join(other)}; Whisper weights are floating point.")
+    return {
+        name: Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def expected_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
