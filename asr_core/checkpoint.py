@@ -173,7 +173,7 @@ class Weights:
         tensor = torch.empty(stored.shape, dtype=getattr(torch, TORCH_DTYPES[stored.dtype]))
         with stored.file.open("rb") as stream:
             stream.seek(stored.offset)
-            stream.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            stream.readinto(tensor.view(-1).view(torch.uint8).numpy().data)
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
