@@ -1,0 +1,83 @@
+"""The utterances that every backend hears: a NeMo manifest or a LibriSpeech folder, decoded and featurised once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from asr_core import audio
+from asr_core.errors import AudioError, UsageError
+
+MELS = "mels.npy"
+UTTERANCES = "utterances.json"
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One clip and what was said in it; ``duration`` in seconds."""
+
+    id: str
+    path: Path
+    text: str
+    duration: float = 0.0
+
+
+def read(source: Path) -> list[Utterance]:
+    """List the utterances of a NeMo manifest (``.jsonl``/``.json``) or of a LibriSpeech folder (``*.trans.txt``).
+
+    Raises :class:`UsageError` where ``source`` is neither, or holds nothing.
+    """
+    if source.is_dir():
+        utterances = sorted(_librispeech(source), key=lambda utterance: utterance.id)
+    elif source.is_file():
+        utterances = list(_nemo(source))
+    else:
+        raise UsageError(f"{source}: no such manifest or LibriSpeech folder.")
+    if not utterances:
+        raise UsageError(f"{source} lists no utterances (a NeMo manifest or a LibriSpeech folder is wanted).")
+    return utterances
+
+
+def prepare(utterances: list[Utterance], n_mels: int, folder: Path) -> list[Utterance]:
+    """Write every utterance's log-mel, float32 [N, n_mels, 3000], and the list itself below ``folder``.
+
+    Returns the utterances with their durations. Raises :class:`AudioError` naming a file that cannot be used.
+    """
+    filters = audio.mel_filters(n_mels)
+    shape = (len(utterances), n_mels, audio.WINDOW_FRAMES)
+    mels = np.lib.format.open_memmap(folder / MELS, mode="w+", dtype=np.float32, shape=shape)
+    prepared = []
+    for i, utterance in enumerate(utterances):
+        samples = audio.load_audio(utterance.path)
+        try:
+            mels[i] = audio.log_mel(samples, filters)
+        except AudioError as error:
+            raise AudioError(f"{utterance.path}: {error}") from None
+        prepared.append(Utterance(utterance.id, utterance.path, utterance.text, len(samples) / audio.SAMPLE_RATE))
+    mels.flush()
+    rows = [asdict(utterance) | {"path": str(utterance.path)} for utterance in prepared]
+    (folder / UTTERANCES).write_text(json.dumps(rows), encoding="utf-8")
+    return prepared
+
+
+def _nemo(manifest: Path) -> Iterator[Utterance]:
+    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            path = manifest.parent / entry["audio_filepath"]
+            yield Utterance(path.stem, path, entry["text"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UsageError(f"{manifest}, line {number}: not a NeMo manifest entry ({error}).") from error
+
+
+def _librispeech(folder: Path) -> Iterator[Utterance]:
+    for transcripts in folder.rglob("*.trans.txt"):
+        for line in transcripts.read_text(encoding="utf-8").splitlines():
+            name, _, text = line.partition(" ")
+            yield Utterance(name, transcripts.parent / f"{name}.flac", text)

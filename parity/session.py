@@ -1,0 +1,182 @@
+"""One parity session: the data prepared once, PyTorch measured once, then any number of artifacts, each in its process."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from asr_core import artifact, isolate, registry
+from asr_core.artifact import MANIFEST, Artifact
+from asr_core.build import FAILED, FAILED_REASON, PARTIAL, REPLACED
+from asr_core.checkpoint import Checkpoint
+from asr_core.errors import ArtifactError, GateError, UnavailableError
+from asr_core.isolate import Outcome
+from parity import compare, data, measure
+from parity.compare import Normalise, Row
+
+# Probes for the weights axis: enough to meet short, long and noisy clips, few enough to keep their logits on disk.
+PROBES = 12
+# A backend that takes this much longer than PyTorch did for the same work is stuck.
+PATIENCE = 30
+LEAST_TIMEOUT_S = 300.0
+Progress = Callable[[str, str], None]
+
+
+@dataclass
+class Session:
+    """A checkpoint, its utterances and PyTorch's own answers; ``work`` holds the files.
+
+    ``gates`` limits the verdicts (None: all of the precision's); ``progress`` is told the row's name and its stage.
+    """
+
+    checkpoint: Checkpoint
+    utterances: list[data.Utterance]
+    work: Path
+    threads: int
+    max_new_tokens: int | None = None
+    gates: tuple[str, ...] | None = None
+    progress: Progress = lambda name, stage: None
+    reference_costs: dict[str, Any] = field(default_factory=dict)
+    reference_seconds: float = 0.0
+
+    @property
+    def reference(self) -> Path:
+        """Where PyTorch's measurement lies."""
+        return self.work / measure.REFERENCE
+
+    def prepare(self) -> Row:
+        """Compute the features and measure PyTorch; returns its row. Raises :class:`GateError` where PyTorch itself fails."""
+        self.progress(measure.REFERENCE, "features")
+        self.utterances = data.prepare(self.utterances, self.checkpoint.dims.n_mels, self.work)
+        outcome = self._measure(measure.REFERENCE, self.checkpoint.path, self.reference)
+        if outcome.error is not None:
+            raise outcome.error
+        if outcome.status != "ok":
+            raise GateError(f"PyTorch could not be measured ({outcome.status}): {outcome.reason}")
+        self.reference_costs, self.reference_seconds = outcome.result, outcome.seconds
+        return self._row(measure.REFERENCE, "fp32", self.reference, self.reference_costs)
+
+    def judge(self, path: Path) -> Row:
+        """Measure one artifact folder and compare it; whatever happens to it becomes its row, never an exception."""
+        target, precision = _name_of(path)
+        if path.name.endswith(FAILED):
+            reason = (path / FAILED_REASON).read_text(encoding="utf-8").strip() if (path / FAILED_REASON).exists() else ""
+            return Row(target, precision, "fail", f"quarantined at export: {reason}")
+        try:
+            manifest = Artifact.open(path).manifest
+            if manifest.fingerprint != self.checkpoint.fingerprint:
+                raise ArtifactError(f"{path} was made from other weights than {self.checkpoint.path}. Export again.")
+            registry.require(manifest.target)
+        except ArtifactError as error:
+            return Row(target, precision, "fail", str(error))
+        except UnavailableError as error:
+            return Row(target, precision, "unavailable", str(error))
+        folder = self.work / f"{target}-{precision}"
+        outcome = self._measure(target, path, folder)
+        if outcome.status != "ok":
+            status = {"error": "unavailable" if isinstance(outcome.error, UnavailableError) else "crashed"}
+            return Row(target, precision, status.get(outcome.status, outcome.status), outcome.reason)
+        return self._row(target, precision, folder, outcome.result)
+
+    def _measure(self, target: str, path: Path, folder: Path) -> Outcome:
+        folder.mkdir(exist_ok=True)
+        timeout = max(LEAST_TIMEOUT_S, PATIENCE * self.reference_seconds) if self.reference_seconds else None
+        return isolate.run(
+            "parity.measure:measure",
+            {
+                "target": target,
+                "path": str(path),
+                "work": str(self.work),
+                "folder": str(folder),
+                "reference": None if target == measure.REFERENCE else str(self.reference),
+                "probes": _spread(len(self.utterances), PROBES),
+                "threads": self.threads,
+                "max_new_tokens": self.max_new_tokens,
+            },
+            progress=lambda stage: self.progress(folder.name, stage),
+            threads=self.threads,
+            timeout=timeout,
+        )
+
+    def _row(self, target: str, precision: str, folder: Path, measured: dict[str, Any]) -> Row:
+        return compare.compare(
+            target=target,
+            precision=precision,
+            reference=self.reference,
+            candidate=folder,
+            measured=measured,
+            utterances=self.utterances,
+            normalise=normaliser(self.checkpoint),
+            margins=self._margins(folder),
+            gates=self.gates,
+        )
+
+    def _margins(self, folder: Path) -> dict[str, float]:
+        """PyTorch's top-2 margins at the first differences, by utterance index; measured only where there are any."""
+        positions = compare.divergences(self.reference, folder)
+        if not positions:
+            return {}
+        arguments = {
+            "path": str(self.checkpoint.path),
+            "work": str(self.work),
+            "reference": str(self.reference),
+            "positions": {str(index): position for index, position in positions.items()},
+            "threads": self.threads,
+        }
+        outcome = isolate.run("parity.measure:margins", arguments, threads=self.threads)
+        return isolate.result_or_raise(outcome, "PyTorch's margins")
+
+
+def discover(root: Path, checkpoint: str) -> list[Path]:
+    """The artifact folders of a checkpoint at or below ``root``, quarantined ones included, sorted.
+
+    Raises :class:`ArtifactError` where there are none.
+    """
+    found = []
+    for file in sorted(root.rglob(MANIFEST)):
+        name = file.parent.name
+        if PARTIAL in name or REPLACED in name:
+            continue
+        try:
+            if artifact.read_manifest(file.parent).checkpoint == checkpoint:
+                found.append(file.parent)
+        except ArtifactError:
+            found.append(file.parent)  # a damaged manifest is a row that fails, not a row less
+    if not found:
+        raise ArtifactError(f"{root} holds no artifacts of {checkpoint!r}. Make them: asr-export --target all")
+    return found
+
+
+def normaliser(checkpoint: Checkpoint) -> Normalise:
+    """Whisper's text normaliser: the English one with the checkpoint's spelling map, or a plain fold where it carries none."""
+    import json
+
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+    spelling = checkpoint.path / "normalizer.json"
+    if not spelling.exists():
+        return _stripped(BasicTextNormalizer())
+    return _stripped(EnglishTextNormalizer(json.loads(spelling.read_text(encoding="utf-8"))))
+
+
+def _stripped(normalise: Normalise) -> Normalise:
+    return lambda text: normalise(text).strip()
+
+
+def _name_of(path: Path) -> tuple[str, str]:
+    """Target and precision: from the manifest, or from the folder's name where that is damaged."""
+    try:
+        manifest = artifact.read_manifest(path)
+    except ArtifactError:
+        target, _, precision = re.sub(rf"{re.escape(FAILED)}$", "", path.name).partition("-")
+        return target, precision or "?"
+    return manifest.target, manifest.precision
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """``wanted`` indices spread evenly over ``count`` utterances."""
+    wanted = min(count, wanted)
+    return [i * count // wanted for i in range(wanted)]
