@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from functools import wraps
-from typing import NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
 
 import click
 
 from asr_core.errors import AsrExportError, StorageError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 INTERRUPTED = 130  # what a shell reports for a command that ended by Ctrl-C
 # The file system's own refusals; any other OSError is a defect and keeps its traceback.
@@ -48,3 +51,12 @@ def fail(error: AsrExportError) -> NoReturn:
     """Print an error and leave with its exit code."""
     report(error)
     raise SystemExit(error.exit_code) from None
+
+
+def stage_progress() -> Progress:
+    """A progress display on stderr whose tasks carry a ``stage`` field."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("{task.fields[stage]}"))
+    return Progress(*columns, console=Console(stderr=True))

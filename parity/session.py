@@ -66,10 +66,7 @@ class Session:
             reason = (path / FAILED_REASON).read_text(encoding="utf-8").strip() if (path / FAILED_REASON).exists() else ""
             return Row(target, precision, "fail", f"quarantined at export: {reason}")
         try:
-            manifest = Artifact.open(path).manifest
-            if manifest.fingerprint != self.checkpoint.fingerprint:
-                raise ArtifactError(f"{path} was made from other weights than {self.checkpoint.path}. Export again.")
-            registry.require(manifest.target)
+            self._check(Artifact.open(path))
         except ArtifactError as error:
             return Row(target, precision, "fail", str(error))
         except UnavailableError as error:
@@ -80,6 +77,11 @@ class Session:
             status = {"error": "unavailable" if isinstance(outcome.error, UnavailableError) else "crashed"}
             return Row(target, precision, status.get(outcome.status, outcome.status), outcome.reason)
         return self._row(target, precision, folder, outcome.result)
+
+    def _check(self, opened: Artifact) -> None:
+        if opened.manifest.fingerprint != self.checkpoint.fingerprint:
+            raise ArtifactError(f"{opened.path} was made from other weights than {self.checkpoint.path}. Export again.")
+        registry.require(opened.manifest.target)
 
     def _measure(self, target: str, path: Path, folder: Path) -> Outcome:
         folder.mkdir(exist_ok=True)

@@ -1,0 +1,152 @@
+"""``asr-export``: one checkpoint into every target and precision, each checked against PyTorch before it gets its name."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from asr_core.errors import AsrExportError, GateError
+from asr_export.cli import handle_errors, report, stage_progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from asr_core.checkpoint import Checkpoint
+    from parity.session import Session
+
+# The clips that an artifact is checked on before it gets its name, and the tokens decoded of each: enough steps to show a
+# broken cache, few enough to cost a second. Words don't matter, so any checkpoint is checked on the carried clips.
+CHECK_CLIPS = 4
+CHECK_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact to make."""
+
+    target: str
+    precision: str
+    final: Path
+
+    @property
+    def name(self) -> str:
+        """``<target>-<precision>``."""
+        return f"{self.target}-{self.precision}"
+
+
+@click.command(help=__doc__, epilog="Exit codes: see the README, section 'Exit codes'.")
+@click.option("--model", default="reference", show_default=True, help="Checkpoint folder, hub id, or 'reference' (carried).")
+@click.option("--target", required=True, help="One of the targets (an unknown one lists them), or 'all'.")
+@click.option("--precision", default="all", show_default=True, help="One of the target's precisions, or 'all'.")
+@click.option("--out", default="artifacts", show_default=True, type=click.Path(path_type=Path), help="Root of the output.")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Exports at a time.")
+@click.option("--force", is_flag=True, help="Export again even where an artifact is up to date.")
+@handle_errors
+def main(model: str, target: str, precision: str, out: Path, jobs: int, *, force: bool) -> None:
+    """Run the command."""
+    from asr_core.checkpoint import Checkpoint
+
+    planned = plan(target, precision)
+    checkpoint = Checkpoint.open(model)
+    failures = []
+    stale = []
+    for name, chosen in planned:
+        job = Job(name, chosen, out / checkpoint.name / f"{name}-{chosen}")
+        try:
+            if force or not _up_to_date(checkpoint, job):
+                stale.append(job)
+            else:
+                click.echo(f"{job.final}: up to date")
+        except AsrExportError as error:
+            report(error)
+            failures.append(error)
+    failures += run(checkpoint, stale, jobs) if stale else []
+    if failures:
+        raise SystemExit(failures[0].exit_code)
+
+
+def plan(target: str, precision: str) -> list[tuple[str, str]]:
+    """Targets and precisions that the options name; raises :class:`~asr_core.errors.UsageError` for unknown ones."""
+    from asr_core import build, registry
+
+    targets = registry.names("exporters") if target == "all" else [target]
+    pairs = []
+    for name in targets:
+        precisions = build.exporter(name).PRECISIONS if precision == "all" else (precision,)
+        for one in precisions:
+            build.check_precision(name, one)
+            pairs.append((name, one))
+    return pairs
+
+
+def run(checkpoint: Checkpoint, stale: list[Job], jobs: int) -> list[AsrExportError]:
+    """Export and check every job, ``jobs`` at a time; reports each failure as it happens and returns them."""
+    with stage_progress() as progress, _checker(checkpoint, progress) as session, ThreadPoolExecutor(jobs) as pool:
+
+        def attempt(job: Job) -> AsrExportError | None:
+            bar = progress.add_task(job.name, total=None, stage="export")
+            try:
+                line = _make(checkpoint, job, session, lambda stage: progress.update(bar, stage=stage))
+            except AsrExportError as error:
+                progress.update(bar, total=1, completed=1, stage="[red]failed")
+                progress.console.print(f"{job.name}: {error}", markup=False, highlight=False)
+                return error
+            progress.update(bar, total=1, completed=1, stage="[green]done")
+            progress.console.print(line, markup=False, highlight=False)
+            return None
+
+        return [error for error in pool.map(attempt, stale) if error]
+
+
+def _make(checkpoint: Checkpoint, job: Job, session: Session, tell: Callable[[str], None]) -> str:
+    """Export one artifact, check it, and give it its name or put it aside; returns a line about it.
+
+    Raises :class:`GateError` where it does not say what PyTorch says.
+    """
+    from asr_core import build
+
+    staged = build.stage(checkpoint, job.target, job.precision, job.final, tell)
+    tell("check against PyTorch")
+    row = session.judge(staged.path)
+    if row.status != "pass":
+        failed = staged.quarantine(f"{row.status}: {row.reason}")
+        raise GateError(f"{row.status} ({row.reason}); quarantined as {failed}")
+    artifact = staged.publish()
+    manifest = artifact.manifest
+    return (
+        f"{job.final}: {artifact.size_mb:.1f} MB, export {manifest.export_seconds:.1f} s, "
+        f"peak {manifest.export_peak_rss_mb:.0f} MB, tokens of {CHECK_CLIPS} check clips equal to PyTorch's: "
+        f"{100 * (row.token_match or 0):.0f} %"
+    )
+
+
+def _up_to_date(checkpoint: Checkpoint, job: Job) -> bool:
+    from asr_core import build, registry
+
+    registry.require(job.target, "export")
+    return build.up_to_date(checkpoint, job.target, job.precision, job.final)
+
+
+@contextmanager
+def _checker(checkpoint: Checkpoint, progress: Progress) -> Iterator[Session]:
+    """A parity session over the check clips, with PyTorch already measured."""
+    import reference
+    from parity import data
+    from parity.compare import CHECKED_AT_EXPORT
+    from parity.session import Session
+
+    clips = data.read(reference.manifest_path())
+    chosen = [clips[i * len(clips) // CHECK_CLIPS] for i in range(CHECK_CLIPS)]
+    with tempfile.TemporaryDirectory(prefix="asr-export-check-") as work:
+        session = Session(checkpoint, chosen, Path(work), threads=1, max_new_tokens=CHECK_TOKENS, gates=CHECKED_AT_EXPORT)
+        bar = progress.add_task("pytorch", total=None, stage="reference answers")
+        session.prepare()
+        progress.update(bar, total=1, completed=1, stage="[green]done")
+        yield session
