@@ -92,7 +92,7 @@ def log_mel(samples: NDArray[np.float32], filters: NDArray[np.float32]) -> NDArr
     padded[: len(samples)] = samples
     padded = np.pad(padded, N_FFT // 2, mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[: voiced * HOP : HOP]
-    window = np.hanning(N_FFT + 1)[:-1].astype(np.float32)
+    window = np.hanning(N_FFT + 1)[:-1]  # float64: the transform then errs less than float32 can show
     power = np.abs(np.fft.rfft(frames * window)) ** 2
     mel = np.full((len(filters), WINDOW_FRAMES), np.log10(MEL_FLOOR), np.float32)
     mel[:, :voiced] = np.log10(np.maximum(filters @ power.T.astype(np.float32), MEL_FLOOR))

@@ -139,13 +139,12 @@ def _checker(checkpoint: Checkpoint, progress: Progress) -> Iterator[Session]:
     """A parity session over the check clips, with PyTorch already measured."""
     import reference
     from parity import data
-    from parity.compare import CHECKED_AT_EXPORT
     from parity.session import Session
 
     clips = data.read(reference.manifest_path())
     chosen = [clips[i * len(clips) // CHECK_CLIPS] for i in range(CHECK_CLIPS)]
     with tempfile.TemporaryDirectory(prefix="asr-export-check-") as work:
-        session = Session(checkpoint, chosen, Path(work), threads=1, max_new_tokens=CHECK_TOKENS, gates=CHECKED_AT_EXPORT)
+        session = Session(checkpoint, chosen, Path(work), threads=1, max_new_tokens=CHECK_TOKENS, gates="export")
         bar = progress.add_task("pytorch", total=None, stage="reference answers")
         session.prepare()
         progress.update(bar, total=1, completed=1, stage="[green]done")

@@ -12,12 +12,12 @@ from typing import Any
 import jiwer
 import numpy as np
 
+from asr_core.errors import GateError
 from parity import measure
 from parity.data import Utterance
 
 Normalise = Callable[[str], str]
-# What an export is checked on before it gets its name: words need transcripts, so ΔWER waits for the parity run.
-CHECKED_AT_EXPORT = ("encoder_error", "logits_error", "top1_agreement", "token_match")
+Bounds = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,16 @@ class Row:
     speedup: float | None = None
 
 
-def thresholds() -> dict[str, dict[str, dict[str, Any]]]:
-    """The gates by precision, from ``thresholds.toml``."""
-    return tomllib.loads(resources.files("parity").joinpath("thresholds.toml").read_text(encoding="utf-8"))
+def thresholds(gates: str, precision: str) -> Bounds:
+    """The bounds of a precision in one set of gates, ``parity`` or ``export``, from ``thresholds.toml``.
+
+    Raises :class:`GateError` where it has none: an artifact that nothing judges must not pass.
+    """
+    text = resources.files("parity").joinpath("thresholds.toml").read_text(encoding="utf-8")
+    bounds: Bounds | None = tomllib.loads(text)[gates].get(precision)
+    if bounds is None:
+        raise GateError(f"parity/thresholds.toml has no bounds [{gates}.{precision}]; nothing can pass without them.")
+    return bounds
 
 
 def word_errors(references: list[str], hypotheses: list[str]) -> WordErrors:
@@ -102,6 +109,12 @@ def divergences(reference: Path, candidate: Path) -> dict[int, int]:
 
 def _first_difference(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def prefix_match(reference: Path, diverged: Mapping[int, int]) -> float:
+    """Mean share of the reference's tokens (the end included) that come out before the first difference."""
+    lengths = [len(row["tokens"]) + 1 for row in measure.read_decoded(reference)]
+    return float(np.mean([diverged.get(i, length) / length for i, length in enumerate(lengths)]))
 
 
 def weights_errors(reference: Path, candidate: Path) -> dict[str, float]:
@@ -168,14 +181,13 @@ def compare(
     utterances: list[Utterance],
     normalise: Normalise,
     margins: Mapping[str, float],
-    gates: tuple[str, ...] | None = None,
+    bounds: Bounds,
 ) -> Row:
     """One artifact's row: every figure from the two measurement folders, and the verdict of the precision's gates.
 
-    ``margins`` gives PyTorch's top-2 margin at each diverging utterance's first difference, by index. ``gates`` limits the
-    verdict to some gates; None means all.
+    ``margins`` gives PyTorch's top-2 margin at each diverging utterance's first difference, by index; ``bounds`` are the
+    gates of the precision (:func:`thresholds`).
     """
-    bounds = thresholds().get(precision, {})
     diverged = divergences(reference, candidate)
     tie = bounds.get("near_tie", {}).get("max", 0.0)
     ties = [i for i in diverged if margins.get(str(i), np.inf) < tie]
@@ -186,8 +198,10 @@ def compare(
     speed = costs(candidate, utterances)
     matched = 1 - (len(diverged) - len(ties)) / len(utterances)
     delta = (errors.errors - reference_errors.errors) / errors.words if errors.words else None
-    judged = {**weights, "token_match": matched} | ({} if delta is None else {"delta_wer": 100 * delta})
-    missed = [] if target == measure.REFERENCE else misses(judged, bounds, gates)
+    judged = {**weights, "token_match": matched, "prefix_match": prefix_match(reference, diverged)} | (
+        {} if delta is None else {"delta_wer": 100 * delta}
+    )
+    missed = [] if target == measure.REFERENCE else misses(judged, bounds)
     return Row(
         target=target,
         precision=precision,
@@ -215,13 +229,11 @@ def compare(
     )
 
 
-def misses(
-    figures: Mapping[str, float], bounds: Mapping[str, Mapping[str, Any]], gates: tuple[str, ...] | None = None
-) -> list[str]:
+def misses(figures: Mapping[str, float], bounds: Bounds) -> list[str]:
     """The gates that the figures miss, as phrases; a NaN misses, a figure that was not measured is not judged."""
     missed = []
     for name, bound in bounds.items():
-        if name not in figures or (gates is not None and name not in gates):
+        if name not in figures:
             continue
         value = figures[name]
         if "max" in bound and not value <= bound["max"]:

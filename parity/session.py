@@ -29,7 +29,8 @@ Progress = Callable[[str, str], None]
 class Session:
     """A checkpoint, its utterances and PyTorch's own answers; ``work`` holds the files.
 
-    ``gates`` limits the verdicts (None: all of the precision's); ``progress`` is told the row's name and its stage.
+    ``gates`` names the set of bounds that judges (:func:`parity.compare.thresholds`); ``progress`` is told
+    the row's name and its stage.
     """
 
     checkpoint: Checkpoint
@@ -37,7 +38,7 @@ class Session:
     work: Path
     threads: int
     max_new_tokens: int | None = None
-    gates: tuple[str, ...] | None = None
+    gates: str = "parity"
     progress: Progress = lambda name, stage: None
     reference_costs: dict[str, Any] = field(default_factory=dict)
     reference_seconds: float = 0.0
@@ -113,7 +114,7 @@ class Session:
             utterances=self.utterances,
             normalise=normaliser(self.checkpoint),
             margins=self._margins(folder),
-            gates=self.gates,
+            bounds=compare.thresholds(self.gates, precision),
         )
 
     def _margins(self, folder: Path) -> dict[str, float]:

@@ -6,6 +6,7 @@ Only sizes, special ids and file layout are real. The words mean nothing, so nev
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,3 +139,7 @@ def _write_tokenizer(folder: Path, shape: Shape, specials: list[str]) -> None:
         "model_max_length": 1024,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(SHAPES[sys.argv[1]], Path(sys.argv[2]))

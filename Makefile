@@ -1,0 +1,55 @@
+# `make help` lists the targets. Everything runs in .venv, which `make setup` makes.
+PYTHON ?= python3
+BIN := .venv/bin
+BENCH := artifacts/bench
+
+.DEFAULT_GOAL := help
+.PHONY: help setup export-all parity test lint types bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: .venv/.all  ## make .venv and install every target's converter and runtime
+
+.venv/.pip:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip -c constraints.txt
+	touch $@
+
+.venv/.all: .venv/.pip pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[all]'
+	touch $@
+
+.venv/.test: .venv/.all
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+export-all: setup  ## export the carried checkpoint to every target and precision, then compare each with PyTorch
+	@status=0; \
+	$(BIN)/asr-export --target all --out artifacts || status=$$?; \
+	$(BIN)/asr-parity --artifacts artifacts --json artifacts/parity.json || status=$$?; \
+	exit $$status
+
+parity: setup  ## compare the artifacts at hand with PyTorch
+	$(BIN)/asr-parity --artifacts artifacts --json artifacts/parity.json
+
+test: .venv/.test lint types  ## lint, types and tests
+	$(BIN)/python -m pytest
+
+lint: .venv/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/.test
+	$(BIN)/mypy
+
+bench: setup $(BENCH)/tiny/config.json  ## speed of every runner on a tiny-shaped random checkpoint, as ratios to PyTorch
+	$(BIN)/asr-export --model $(BENCH)/tiny --target all --out $(BENCH)/artifacts
+	$(BIN)/asr-bench --model $(BENCH)/tiny --artifacts $(BENCH)/artifacts --json $(BENCH)/tiny.json
+
+$(BENCH)/tiny/config.json: | setup
+	$(BIN)/python -m reference.shapes tiny $(BENCH)/tiny
+
+clean:  ## remove the artifacts and the virtual environment
+	rm -rf .venv
+	git clean -fdXq artifacts

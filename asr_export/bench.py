@@ -1,0 +1,150 @@
+"""``asr-bench``: decode and encoder speed of every runner as ratios to PyTorch, interleaved in one run.
+
+Each runner lives in a process of its own with its threads pinned; in every round each does the same work in turn, so that a
+machine that speeds up or slows down does so for all of them. PyTorch is transformers with scaled-dot-product attention and a
+KV cache.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from asr_export.cli import handle_errors, stage_progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from runners.base import Runner
+
+REFERENCE = "pytorch-fp32"
+Samples = dict[str, list[dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One runner to time: its name in the table, its target, and what it opens."""
+
+    name: str
+    target: str
+    path: Path
+
+
+@click.command(help=__doc__)
+@click.option("--model", required=True, type=click.Path(exists=True, path_type=Path), help="Checkpoint folder.")
+@click.option("--artifacts", required=True, type=click.Path(exists=True, path_type=Path), help="Its artifacts.")
+@click.option("--rounds", default=9, show_default=True, type=click.IntRange(3), help="Interleaved rounds.")
+@click.option("--tokens", default=100, show_default=True, type=click.IntRange(1, 400), help="Forced tokens a window.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--json", "json_file", required=True, type=click.Path(path_type=Path), help="Raw samples go here.")
+@handle_errors
+def main(model: Path, artifacts: Path, rounds: int, tokens: int, threads: int, json_file: Path) -> None:
+    """Run the command."""
+    from rich.console import Console
+
+    from asr_core.artifact import read_manifest
+    from asr_core.checkpoint import Checkpoint
+    from parity import report
+    from parity.session import discover
+
+    folders = discover(artifacts, Checkpoint.open(model).name)
+    contenders = [Contender(REFERENCE, "pytorch", model)]
+    contenders += [Contender(f"{m.target}-{m.precision}", m.target, f) for f in folders for m in [read_manifest(f)]]
+    samples = measure(contenders, rounds, tokens, threads)
+    content = {"schema": 1, "host": report.host() | {"threads": threads}, "model": model.name, "tokens": tokens}
+    report.write_json(json_file, content | {"samples": samples})
+    Console().print(table(samples))
+
+
+def measure(contenders: list[Contender], rounds: int, tokens: int, threads: int) -> Samples:
+    """Seconds of every contender in every round, one warm-up round not counted: ``encode_s`` and ``decode_s``."""
+    samples: Samples = {contender.name: [] for contender in contenders}
+    with ExitStack() as stack, stage_progress() as progress:
+        bar = progress.add_task("benchmark", total=None, stage="load")
+        pipes = {c.name: stack.enter_context(_process(c, tokens, threads)) for c in contenders}
+        for number in range(rounds + 1):
+            for name, pipe in pipes.items():
+                progress.update(bar, stage=f"round {number}/{rounds}: {name}")
+                pipe.send("go")
+                sample = pipe.recv()
+                if number:
+                    samples[name].append(sample)
+    return samples
+
+
+def table(samples: Samples) -> Table:
+    """Median ratios to PyTorch of the same round, with their spread."""
+    import numpy as np
+    from rich.table import Table
+
+    out = Table(title="Speed-up over PyTorch (median of rounds, min to max)", title_justify="left")
+    for column in ("runner", "decode", "encoder", "decode ms", "encode ms"):
+        out.add_column(column, justify="left" if column == "runner" else "right")
+    for name, own in samples.items():
+        cells = []
+        for part in ("decode_s", "encode_s"):
+            ratios = [base[part] / sample[part] for base, sample in zip(samples[REFERENCE], own, strict=True)]
+            cells.append(f"{np.median(ratios):.2f}× ({min(ratios):.2f} to {max(ratios):.2f})")
+        times = [f"{1000 * np.median([sample[part] for sample in own]):.1f}" for part in ("decode_s", "encode_s")]
+        out.add_row(name, *cells, *times)
+    return out
+
+
+@contextmanager
+def _process(contender: Contender, tokens: int, threads: int) -> Iterator[Connection]:
+    from asr_core.isolate import THREAD_VARIABLES
+
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    # A spawned process takes the environment of the moment.
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+    process = context.Process(target=_serve, args=(contender, tokens, threads, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield ours
+    finally:
+        process.kill()
+        process.join()
+
+
+def _serve(contender: Contender, tokens: int, threads: int, pipe: Any) -> None:
+    import numpy as np
+
+    from runners.base import open_runner
+
+    runner = open_runner(contender.target, contender.path, threads)
+    generator = np.random.default_rng(0)
+    mel = generator.standard_normal((1, runner.dims.n_mels, 3000)).astype(np.float32)
+    forced = generator.integers(0, runner.tokens.end, tokens)
+    while pipe.recv():
+        pipe.send(_once(runner, mel, forced))
+
+
+def _once(runner: Runner, mel: Any, forced: Any) -> dict[str, float]:
+    """Encode one window, then decode: forced tokens one by one, or, where the runtime decodes by itself, as many free ones."""
+    import numpy as np
+
+    from asr_core.decode import Decoded, DecodeOptions
+    from runners.base import StepRunner
+
+    if not isinstance(runner, StepRunner):
+        decoded: Decoded = runner.generate(mel, DecodeOptions(max_new_tokens=len(forced)))[0]
+        scale = len(forced) / max(1, len(decoded.tokens))
+        return {"encode_s": decoded.timings.encode_s, "decode_s": decoded.timings.decode_s * scale}
+    started = time.perf_counter()
+    state = runner.encode(mel)
+    encoded = time.perf_counter()
+    runner.step(np.array([runner.tokens.prompt()], np.int64), state)
+    for token in forced:
+        runner.step(np.array([[token]], np.int64), state)
+    return {"encode_s": encoded - started, "decode_s": time.perf_counter() - encoded}
