@@ -41,7 +41,7 @@ def load_audio(path: str | Path) -> NDArray[np.float32]:
             frames = [out for frame in container.decode(audio=0) for out in resampler.resample(frame)]
             frames += resampler.resample(None) if frames else []
     except (av.FFmpegError, OSError) as error:
-        raise AudioError(f"{path} is not audio that can be decoded ({error}).") from error
+        raise AudioError(f"{path} is not audio that can be decoded ({error.strerror}).") from error
     if not frames:
         raise AudioError(f"{path} is empty: it holds no audio samples.")
     samples: NDArray[np.float32] = np.concatenate([frame.to_ndarray()[0] for frame in frames])

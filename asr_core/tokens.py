@@ -60,6 +60,8 @@ class TokenIds(Frozen):
         Raises :class:`UsageError` for a language or task that the model does not know.
         """
         if not self.languages:
+            if (language, task) != ("en", "transcribe"):
+                raise UsageError(f"this model only transcribes English: language {language!r}, task {task!r} are not for it.")
             return [self.start, self.no_timestamps]
         if language not in self.languages:
             raise UsageError(f"unknown language {language!r}; this model knows: {', '.join(sorted(self.languages))}.")
