@@ -60,7 +60,8 @@ def run(
         answer = Path(scratch) / "answer.json"
         call = json.dumps({"function": function, "arguments": dict(arguments), "answer": str(answer)})
         read_end, write_end = os.pipe()
-        command = [sys.executable, "-m", "asr_core.isolate", call, str(write_end)]
+        # -P: a folder called `parity` where the user stands must not shadow ours.
+        command = [sys.executable, "-P", "-m", "asr_core.isolate", call, str(write_end)]
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, pass_fds=(write_end,)
         ) as process:

@@ -104,10 +104,11 @@ def _edits(
 def divergences(reference: Path, candidate: Path) -> dict[int, int]:
     """Index of every utterance whose tokens differ → position of the first difference."""
     pairs = zip(measure.read_decoded(reference), measure.read_decoded(candidate), strict=True)
-    return {i: _first_difference(a["tokens"], b["tokens"]) for i, (a, b) in enumerate(pairs) if a["tokens"] != b["tokens"]}
+    return {i: first_difference(a["tokens"], b["tokens"]) for i, (a, b) in enumerate(pairs) if a["tokens"] != b["tokens"]}
 
 
-def _first_difference(a: list[int], b: list[int]) -> int:
+def first_difference(a: list[int], b: list[int]) -> int:
+    """Position of the first token in which two sequences differ."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
