@@ -37,14 +37,15 @@ def load_audio(path: str | Path) -> NDArray[np.float32]:
         with av.open(str(path), metadata_errors="ignore") as container:
             if not container.streams.audio:
                 raise AudioError(f"{path} holds no audio stream.")
-            resampler = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)
+            # Channels are averaged below: FFmpeg's own mix to mono is √2 louder than their mean in float samples.
+            resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
             frames = [out for frame in container.decode(audio=0) for out in resampler.resample(frame)]
             frames += resampler.resample(None) if frames else []
     except (av.FFmpegError, OSError) as error:
         raise AudioError(f"{path} is not audio that can be decoded ({error.strerror}).") from error
     if not frames:
         raise AudioError(f"{path} is empty: it holds no audio samples.")
-    samples: NDArray[np.float32] = np.concatenate([frame.to_ndarray()[0] for frame in frames])
+    samples: NDArray[np.float32] = np.concatenate([frame.to_ndarray().mean(axis=0) for frame in frames])
     if not np.isfinite(samples).all():
         raise AudioError(f"{path} holds NaN or infinite samples.")
     return samples

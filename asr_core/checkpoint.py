@@ -37,6 +37,7 @@ EMBEDDING = "model.decoder.embed_tokens.weight"
 SHOWN_REASONS = 10
 # safetensors' names of the dtypes that weights may have, and torch's.
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ENGLISH_VOCAB = 51864  # of OpenAI's .en models
 # What every Whisper has in common; a config that differs needs another graph (DESIGN: one graph for all).
 REQUIRED_CONFIG = {"activation_function": "gelu", "scale_embedding": False}
 
@@ -116,8 +117,7 @@ class Checkpoint:
         generation = _read_json(generation_path) if generation_path.exists() else {}
         checkpoint = cls(name, path, _fingerprint(path, files), dims, config, generation)
         reasons = checkpoint.weights.problems(dims)
-        if not generation:
-            reasons.append("generation_config.json is missing: it holds the suppression lists and language ids")
+        reasons += _generation_problems(generation, dims)
         if not (path / "tokenizer.json").exists():
             reasons.append("tokenizer.json is missing: save it with WhisperTokenizerFast.save_pretrained")
         if reasons:
@@ -338,6 +338,19 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
         f"d_model {dims.d_model} is not a multiple of the {side}'s heads"
         for side in ("encoder", "decoder")
         if dims.d_model % getattr(dims, f"{side}_heads")
+    ]
+
+
+def _generation_problems(generation: dict[str, Any], dims: Dims) -> list[str]:
+    if not generation:
+        return ["generation_config.json is missing: it holds the suppression lists and language ids"]
+    if not generation.get("is_multilingual", dims.vocab != ENGLISH_VOCAB):
+        return []
+    # Saving a fine-tuned model can drop them; decoding would then prompt a multilingual model as an English one.
+    return [
+        f"generation_config.json has no {key}: copy the file from the model that this one was made from"
+        for key in ("lang_to_id", "task_to_id")
+        if not generation.get(key)
     ]
 
 

@@ -83,7 +83,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The text of token ids, special and timestamp tokens left out, without surrounding blanks."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+    # Timestamps are the last ids of the vocabulary, and Whisper's tokenizers do not mark them as special.
+    first_timestamp = tokenizer.token_to_id("<|0.00|>")
+    words = [i for i in ids if first_timestamp is None or i < first_timestamp]
+    return tokenizer.decode(words, skip_special_tokens=True).strip()
 
 
 def write_bundle(checkpoint_folder: Path, n_mels: int, folder: Path) -> None:

@@ -1,0 +1,152 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+from transformers import WhisperForConditionalGeneration
+
+from asr_core import decode
+from asr_core.checkpoint import Checkpoint
+from asr_core.decode import DecodeOptions, SuppressAtBegin, SuppressTokens
+from asr_core.errors import UsageError
+from runners import pytorch
+
+STEPS = 30
+
+
+def test_log_softmax_is_scipys():
+    logits = (np.random.default_rng(0).normal(size=(3, 50)) * 30).astype(np.float32)
+    logits[1, ::2] = -np.inf
+    np.testing.assert_allclose(decode.log_softmax(logits), log_softmax(logits.astype(np.float64), axis=-1), atol=1e-12)
+
+
+def test_suppress_tokens_always():
+    for produced in (0, 7):
+        logits = np.zeros((2, 5), np.float32)
+        SuppressTokens([1, 4]).apply(logits, produced)
+        assert np.isneginf(logits).tolist() == [[False, True, False, False, True]] * 2
+
+
+def test_suppress_at_begin_only_there():
+    for produced, suppressed in ((0, True), (1, False)):
+        logits = np.zeros((2, 5), np.float32)
+        SuppressAtBegin([3]).apply(logits, produced)
+        assert np.isneginf(logits[:, 3]).all() == suppressed
+        assert np.isfinite(logits[:, [0, 1, 2, 4]]).all()
+
+
+def mels(batch: int, n_mels: int = 80) -> np.ndarray:
+    """Windows of different level and contrast."""
+    noise = np.random.default_rng(0).uniform(-1, 1, size=(batch, n_mels, 3000))
+    contrast, level = np.linspace(0.1, 1, batch), np.linspace(-0.5, 0.5, batch)
+    return (noise * contrast[:, None, None] + level[:, None, None]).astype(np.float32)
+
+
+def transformers_tokens(folder: Path, mel: np.ndarray, *, multilingual: bool, new_tokens: int) -> list[list[int]]:
+    model = WhisperForConditionalGeneration.from_pretrained(folder).eval()
+    policy = {"language": "en", "task": "transcribe"} if multilingual else {}
+    generated = model.generate(
+        torch.from_numpy(mel), max_new_tokens=new_tokens, do_sample=False, num_beams=1, return_timestamps=False, **policy
+    ).tolist()
+    end, start = model.generation_config.eos_token_id, model.generation_config.decoder_start_token_id
+    rows = [row[4 if multilingual else 2 :] if row[0] == start else row for row in generated]
+    return [row[: row.index(end)] if end in row else row for row in rows]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["mini", "mini.en", "mini-large-v3"])
+def test_greedy_is_transformers(shape_folder, name, batch):
+    folder = shape_folder(name)
+    runner = pytorch.open(folder, 1)
+    mel = mels(batch, runner.dims.n_mels)
+    expected = transformers_tokens(folder, mel, multilingual=name != "mini.en", new_tokens=STEPS)
+    assert [row.tokens for row in decode.greedy(runner, mel, DecodeOptions(max_new_tokens=STEPS))] == expected
+    assert all(len(tokens) == STEPS for tokens in expected)
+
+
+@pytest.fixture(scope="module")
+def runner(talkative):
+    return pytorch.open(talkative, 1)
+
+
+def test_greedy_ends_where_transformers_ends(talkative, runner):
+    mel = mels(3)
+    expected = transformers_tokens(talkative, mel, multilingual=True, new_tokens=STEPS)
+    assert len({len(tokens) for tokens in expected}) == 3, "the oracle's rows should end at different lengths"
+    assert [row.tokens for row in decode.greedy(runner, mel, DecodeOptions(max_new_tokens=STEPS))] == expected
+
+
+def test_rows_of_a_batch_do_not_know_each_other(runner):
+    mel = mels(3)
+    together = decode.greedy(runner, mel, DecodeOptions(max_new_tokens=STEPS))
+    alone = [decode.greedy(runner, mel[i : i + 1], DecodeOptions(max_new_tokens=STEPS))[0] for i in range(3)]
+    assert [row.tokens for row in together] == [row.tokens for row in alone]
+    for one, other in zip(together, alone, strict=True):
+        assert one.sum_logprob == pytest.approx(other.sum_logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("limit", [1, 2, STEPS])
+def test_sum_logprob_and_no_speech_are_those_of_one_full_pass(talkative, runner, limit):
+    """The oracle feeds prompt and answer at once and sums the filtered log-probabilities, the end's included."""
+    ids = runner.tokens
+    model = WhisperForConditionalGeneration.from_pretrained(talkative).eval()
+    for row, mel in zip(decode.greedy(runner, mels(3), DecodeOptions(max_new_tokens=limit)), mels(3), strict=True):
+        answer = row.tokens + ([ids.end] if len(row.tokens) < limit else [])
+        prompt = ids.prompt()
+        with torch.no_grad():
+            fed = torch.tensor([prompt + answer[:-1]])
+            logits = model(torch.from_numpy(mel[None]), decoder_input_ids=fed).logits[0].double()
+        no_speech = logits[0].softmax(-1)[ids.no_speech]
+        choices = logits[len(prompt) - 1 :]
+        choices[:, ids.suppress] = -torch.inf
+        choices[0, ids.begin_suppress] = -torch.inf
+        chosen = choices.log_softmax(-1)[range(len(answer)), answer]
+        assert row.sum_logprob == pytest.approx(chosen.sum().item(), abs=1e-4)
+        assert row.no_speech_prob == pytest.approx(no_speech.item(), rel=1e-4)
+
+
+def test_timings_add_up(runner):
+    timings = decode.greedy(runner, mels(1), DecodeOptions(max_new_tokens=5))[0].timings
+    assert timings.encode_s > 0
+    assert 0 < timings.prompt_s <= timings.decode_s
+
+
+def test_the_bound_is_half_of_the_text_context(shape_folder):
+    row = decode.greedy(pytorch.open(shape_folder("mini"), 1), mels(1), DecodeOptions())[0]
+    assert len(row.tokens) == 224
+
+
+def test_unknown_language(runner):
+    with pytest.raises(UsageError, match="unknown language 'xx'"):
+        decode.greedy(runner, mels(1), DecodeOptions(language="xx"))
+
+
+@pytest.mark.parametrize("name", ["mini", "mini.en"])
+def test_teacher_forcing_is_one_full_pass(shape_folder, name):
+    folder = shape_folder(name)
+    runner = pytorch.open(folder, 1)
+    tokens = [*runner.tokens.prompt(), 300, 4000, 51, 299, 300, runner.tokens.end]
+    stepped = decode.teacher_forced(runner, runner.encode(mels(1)), tokens)
+    model = WhisperForConditionalGeneration.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(mels(1)), decoder_input_ids=torch.tensor([tokens])).logits[0].numpy()
+    # 1e-5: the same float32 sums in another order; logits here are below 1.
+    np.testing.assert_allclose(stepped, expected, rtol=0, atol=1e-5)
+
+
+def test_reorder_repeats_and_drops_rows(runner):
+    """Rows of a reordered state continue as the rows they came from."""
+    order = np.array([2, 0, 0])
+    prompt = np.tile(np.array(runner.tokens.prompt(), np.int64), (3, 1))
+    state = runner.encode(mels(3))
+    runner.step(prompt, state)
+    words = np.array([[300], [400], [500]], np.int64)
+    moved = runner.step(words, runner.reorder(state, order)).copy()
+    state = runner.encode(mels(3)[order])
+    runner.step(prompt, state)
+    np.testing.assert_allclose(moved, runner.step(words, state), rtol=0, atol=1e-5)
+
+
+def test_checkpoint_and_runner_agree_on_sizes(talkative, runner):
+    assert runner.dims == Checkpoint.open(talkative).dims
