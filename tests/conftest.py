@@ -1,7 +1,11 @@
 """Fixtures that several suites share: checkpoints of every shape, real recordings, one finished artifact."""
 
-import json
 import os
+
+# Before any numeric library starts its pool: threads that wait for busy cores make small models slower, not faster.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
