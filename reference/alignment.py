@@ -40,7 +40,7 @@ def head_shares(model: WhisperForConditionalGeneration, tokenizer: Tokenizer, se
 
 
 def _shares(model: WhisperForConditionalGeneration, tokenizer: Tokenizer, utterance: Utterance) -> Shares:
-    batch = collate([utterance], tokenizer, Random(0), full=True, timed=0.0)
+    batch = collate([utterance], tokenizer, full=True)
     output = model(batch.mel, decoder_input_ids=batch.inputs, output_attentions=True)
     weights = torch.cat(output.cross_attentions).double().numpy()  # [layer, head, token, position]
     row = batch.inputs.shape[1] - 1  # the last input predicts the end; text tokens come before it

@@ -19,18 +19,18 @@ from transformers.audio_utils import mel_filter_bank
 
 from reference import grammar, synth
 from reference.synth import SAMPLE_RATE, Voice
-from reference.tokenizer import END, NO_SPEECH, NO_TIMESTAMPS, START, TIME_STEP, TRANSCRIBE
+from reference.tokenizer import END, NO_SPEECH, NO_TIMESTAMPS, START, TRANSCRIBE
 
 HOP = 160  # samples between two mel frames
 FFT = 400  # samples in one frame
 POSITION = 2 * HOP  # samples behind one encoder position
 WINDOW_SECONDS = 30
 IGNORED = -100  # a label without loss
+LETTERS = " abcdefghijklmnopqrstuvwxyz'"  # of the auxiliary CTC loss; its blank is 0, so letter i is i + 1
 
 # Shares of all windows.
 SPEECHLESS = 0.04
 HUMAN_DIGITS = 0.04
-TIMED = 0.2  # with timestamp tokens
 TELEPHONE = 0.1
 NOISY = 0.5
 DIGITAL_SILENCE = 0.3  # of the speechless ones
@@ -68,9 +68,10 @@ class Stage:
 
 
 STAGES = (
-    Stage(until=0.06, longest=2.5, budget=32, short=1.0, packed=False),
-    Stage(until=0.48, longest=9.0, budget=56, short=0.2, packed=False),
-    Stage(until=0.80, longest=15.0, budget=80, short=0.1, packed=True),
+    Stage(until=0.08, longest=2.5, budget=40, short=1.0, packed=False),
+    Stage(until=0.30, longest=5.0, budget=48, short=0.4, packed=False),
+    Stage(until=0.65, longest=9.0, budget=56, short=0.2, packed=False),
+    Stage(until=0.85, longest=15.0, budget=60, short=0.1, packed=True),
     Stage(until=1.00, longest=29.0, budget=180, short=0.1, packed=True, full=True),
 )
 
@@ -82,6 +83,9 @@ class Batch:
     mel: torch.Tensor  # float32 [batch, 80, frames]
     inputs: torch.Tensor  # int64 [batch, tokens]
     labels: torch.Tensor  # int64 [batch, tokens], IGNORED where there is no loss
+    positions: torch.Tensor  # int64 [batch], encoder positions that hold a window's own audio
+    letters: torch.Tensor  # int64 [all letters], the windows' texts one after another
+    letter_counts: torch.Tensor  # int64 [batch]
 
 
 class Batches(IterableDataset[Batch]):
@@ -104,7 +108,7 @@ class Batches(IterableDataset[Batch]):
             groups = list(_grouped(drawn, stage))
             random.shuffle(groups)
             for group in groups:
-                yield collate(group, tokenizer, random, full=stage.full)
+                yield collate(group, tokenizer, full=stage.full)
 
 
 def stage_at(progress: float) -> Stage:
@@ -124,20 +128,24 @@ def draw_utterance(random: Random, stage: Stage, takes: dict[str, list[Path]], *
     return spoil(random, _spoken(random, stage, say))
 
 
-def collate(group: list[Utterance], tokenizer: Tokenizer, random: Random, *, full: bool, timed: float = TIMED) -> Batch:
+def collate(group: list[Utterance], tokenizer: Tokenizer, *, full: bool) -> Batch:
     """Return a batch whose windows all have the longest one's length, or 30 s."""
     longest = max(len(utterance.audio) for utterance in group)
     samples = WINDOW_SECONDS * SAMPLE_RATE if full else math.ceil(longest / POSITION) * POSITION
     audio = np.zeros((len(group), samples), np.float32)
     for row, utterance in zip(audio, group, strict=True):
         row[: len(utterance.audio)] = utterance.audio
-    pairs = [_tokens(utterance, tokenizer, timed=random.random() < timed) for utterance in group]
+    pairs = [_tokens(utterance, tokenizer) for utterance in group]
+    letters = [_letters(utterance) for utterance in group]
     width = max(len(inputs) for inputs, _ in pairs)
     end = tokenizer.token_to_id(END)
     return Batch(
         mel=log_mel(torch.from_numpy(audio)),
         inputs=torch.tensor([i + [end] * (width - len(i)) for i, _ in pairs]),
         labels=torch.tensor([t + [IGNORED] * (width - len(t)) for _, t in pairs]),
+        positions=torch.tensor([math.ceil(len(utterance.audio) / POSITION) for utterance in group]),
+        letters=torch.tensor([letter for spelled in letters for letter in spelled], dtype=torch.int64),
+        letter_counts=torch.tensor([len(spelled) for spelled in letters]),
     )
 
 
@@ -147,7 +155,8 @@ def log_mel(audio: torch.Tensor) -> torch.Tensor:
     Zeros behind the speech make it equal to the same frames of a 30 s window.
     """
     window = torch.hann_window(FFT)
-    power = torch.stft(audio, FFT, HOP, window=window, return_complex=True)[..., :-1].abs() ** 2
+    spectrum = torch.stft(audio, FFT, HOP, window=window, return_complex=True)[..., :-1]
+    power = torch.view_as_real(spectrum).square().sum(-1)
     log = (_mel_filters() @ power).clamp(min=1e-10).log10()
     floor = log.amax(dim=(1, 2), keepdim=True) - 8.0
     return (torch.maximum(log, floor) + 4.0) / 4.0
@@ -175,9 +184,10 @@ def with_noise(random: Random, audio: Audio, decibels: float) -> Audio:
 def noise(random: Random, samples: int) -> Audio:
     """Return noise float32 [samples] between white and brown, standard deviation about 1."""
     generator = np.random.default_rng(random.getrandbits(32))
-    spectrum = np.fft.rfft(generator.standard_normal(samples))
+    length = 1 << max(samples - 1, 1).bit_length()  # a length that the FFT is fast at
+    spectrum = np.fft.rfft(generator.standard_normal(length, np.float32))
     slope = np.arange(1, len(spectrum) + 1) ** -random.choice((0.0, 0.0, 0.5, 1.0))
-    coloured = np.fft.irfft(spectrum * slope, samples)
+    coloured = np.fft.irfft(spectrum * slope.astype(np.float32), length)[:samples]
     return (coloured / max(float(coloured.std()), 1e-9)).astype(np.float32)
 
 
@@ -240,8 +250,10 @@ def _spoken(random: Random, stage: Stage, say: Say) -> Utterance:
         text, speech = say()
         gap = _silence(random, 0.1, random.choice((0.3, 0.6, 1.2)))
         spoken = len(speech) / SAMPLE_RATE
-        if segments and seconds + spoken > stage.longest:
-            break
+        if seconds + spoken > stage.longest:
+            if segments:
+                break
+            continue  # never half a sentence: another one is shorter
         segments.append(Segment(seconds, seconds + spoken, text))
         pieces += [speech, gap]
         seconds += spoken + len(gap) / SAMPLE_RATE
@@ -274,31 +286,21 @@ def _grouped(drawn: list[Utterance], stage: Stage) -> Iterator[list[Utterance]]:
     yield group
 
 
-def _tokens(utterance: Utterance, tokenizer: Tokenizer, *, timed: bool) -> tuple[list[int], list[int]]:
+def _tokens(utterance: Utterance, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Return decoder inputs and labels, one label for each input."""
-    prompt = _ids(tokenizer, START, "<|en|>", TRANSCRIBE)
-    text = _timed(utterance, tokenizer) if timed else _plain(utterance, tokenizer)
-    mode = [] if timed else _ids(tokenizer, NO_TIMESTAMPS)
-    sequence = [*prompt, *mode, *text, *_ids(tokenizer, END)]
+    prompt = _ids(tokenizer, START, "<|en|>", TRANSCRIBE, NO_TIMESTAMPS)
+    text = _ids(tokenizer, *(f" {segment.text}" for segment in utterance.segments))
+    sequence = [*prompt, *text, *_ids(tokenizer, END)]
     labels = sequence[1:]
-    if not timed:
-        labels[2] = IGNORED  # with timestamps or without is the caller's choice, not a guess
+    labels[2] = IGNORED  # with timestamps or without is the caller's choice, not a guess
     if not utterance.segments:
         labels[:2] = [*_ids(tokenizer, NO_SPEECH), IGNORED]
     return sequence[:-1], labels
 
 
-def _plain(utterance: Utterance, tokenizer: Tokenizer) -> list[int]:
-    return _ids(tokenizer, *(f" {segment.text}" for segment in utterance.segments))
-
-
-def _timed(utterance: Utterance, tokenizer: Tokenizer) -> list[int]:
-    (first,) = _ids(tokenizer, "<|0.00|>")
-    ids: list[int] = [] if utterance.segments else [first]
-    for segment in utterance.segments:
-        ids += [first + round(segment.start / TIME_STEP), *_ids(tokenizer, f" {segment.text}")]
-        ids.append(first + round(segment.end / TIME_STEP))
-    return ids
+def _letters(utterance: Utterance) -> list[int]:
+    text = " ".join(segment.text for segment in utterance.segments)
+    return [LETTERS.index(letter) + 1 for letter in text]
 
 
 def _ids(tokenizer: Tokenizer, *texts: str) -> list[int]:
