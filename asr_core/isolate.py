@@ -6,6 +6,7 @@ threads pinned, its own peak memory).
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -63,7 +64,13 @@ def run(
         # -P: a folder called `parity` where the user stands must not shadow ours.
         command = [sys.executable, "-P", "-m", "asr_core.isolate", call, str(write_end)]
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, pass_fds=(write_end,)
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            pass_fds=(write_end,),
+            start_new_session=True,  # a group of its own: converters leave helper processes behind
         ) as process:
             os.close(write_end)
             listener = threading.Thread(target=_listen, args=(read_end, progress), daemon=True)
@@ -71,13 +78,11 @@ def run(
             try:
                 process.wait(timeout)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
                 return Outcome("timeout", {}, f"no answer within {timeout:.0f} s", time.perf_counter() - started)
-            except BaseException:
-                process.kill()
-                raise
-            listener.join(1)
+            finally:
+                _kill_group(process.pid)
+                process.wait()
+            listener.join()
         seconds = time.perf_counter() - started
         if not answer.exists():
             return Outcome("crashed", {}, _last_words(process.returncode, log), seconds)
@@ -113,6 +118,11 @@ def _listen(read_end: int, progress: Progress) -> None:
             progress(line.rstrip("\n"))
 
 
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
 def _last_words(code: int | None, log: Any) -> str:
     log.seek(0)
     tail = log.read().decode("utf-8", "replace").strip()[-STDERR_TAIL:]
@@ -136,8 +146,9 @@ def _outcome(answer: dict[str, Any], seconds: float) -> Outcome:
 
 def _die_with_parent() -> None:
     """The parent holds our standard input open; its end means that nobody waits for us any more."""
-    sys.stdin.buffer.read()
-    os._exit(1)
+    # Not through sys.stdin: its lock, held by a waiting thread, aborts an interpreter that ends by an exception.
+    os.read(0, 1)
+    _kill_group(os.getpgrp())
 
 
 def _call(call: dict[str, Any], progress: Progress) -> dict[str, Any]:
