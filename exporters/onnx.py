@@ -1,0 +1,409 @@
+"""ONNX for ONNX Runtime: an encoder graph and a decoder-step graph, each with its weights in one external file.
+
+The graphs are traced without weights; the weights are then streamed from the checkpoint into the external data, one tensor
+at a time and quantised on the way. An export's memory is that of the tools and of the largest tensor, whatever the model weighs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from asr_core.artifact import TensorSpec
+from asr_core.errors import ExportError
+from asr_core.isolate import Progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+    import torch
+    from numpy.typing import NDArray
+
+    from asr_core.checkpoint import Checkpoint, Dims, Weights
+
+PRECISIONS = ("fp32", "fp16", "int8")
+
+CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
+HEAD = "decoder.embed_tokens.weight"  # the embedding, which is the tied head too
+# Weights that share a scale in MatMulNBits. Large blocks are the fastest, and per-row scales are already accurate at 8 bits.
+BLOCKS = (128, 64, 32, 16)
+ROWS = 4096  # rows that are quantised at once: bounds the temporaries
+LARGEST_Q8 = 127  # of signed 8-bit weights
+ZERO_POINT = 128  # of MatMulNBits' unsigned 8-bit weights
+
+Shape = Sequence[int | str]
+
+
+def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progress) -> list[TensorSpec]:
+    """Write ``encoder.onnx`` and ``decoder.onnx`` with their data files; returns their inputs and outputs."""
+    specs: list[TensorSpec] = []
+    for name, describe in (("encoder", _encoder), ("decoder", _decoder)):
+        progress(f"{name} graph")
+        with _quiet():
+            model = _trace(describe, checkpoint.dims, precision)
+            _Rewriter(model.graph, checkpoint.weights, precision).run(name)
+            _clean(model)
+            progress(f"{name} weights")
+            _save(model, folder / f"{name}.onnx")
+        specs += _specs(name, model)
+    return specs
+
+
+# --- tracing without weights
+
+
+@dataclass(frozen=True)
+class Traceable:
+    """A module with what tracing it needs: example arguments, their dynamic axes, names and shapes of inputs and outputs."""
+
+    module: torch.nn.Module
+    arguments: tuple[Any, ...]
+    axes: tuple[Any, ...]
+    inputs: dict[str, Shape]
+    outputs: dict[str, Shape]
+
+
+def _encoder(dims: Dims) -> Traceable:
+    import torch
+
+    from asr_core import graph
+
+    return Traceable(
+        module=graph.EncodeWithCross(graph.Encoder(dims), graph.Decoder(dims)),
+        arguments=(torch.zeros(2, dims.n_mels, 2 * dims.n_audio_ctx),),
+        axes=({0: torch.export.Dim("batch", min=1)},),
+        inputs={"mel": ("batch", dims.n_mels, 2 * dims.n_audio_ctx)},
+        outputs={"encoder_states": ("batch", dims.n_audio_ctx, dims.d_model), **_keys_values("cross", dims)},
+    )
+
+
+def _decoder(dims: Dims) -> Traceable:
+    import torch
+
+    from asr_core import graph
+
+    # Bounds that only keep 0 and 1 from being specialised; the examples differ from each other and from both.
+    batch, new = (torch.export.Dim(name, min=1) for name in ("batch", "new"))
+    past = torch.export.Dim("past", min=0, max=dims.n_text_ctx - 1)
+    tensors = 2 * dims.decoder_layers
+    heads, width = dims.decoder_heads, dims.head_dim
+    return Traceable(
+        module=graph.DynamicStep(graph.Decoder(dims)),
+        arguments=(
+            torch.zeros(2, 3, dtype=torch.int64),
+            [torch.zeros(5, 2, heads, width) for _ in range(tensors)],
+            [torch.zeros(2, heads, dims.n_audio_ctx, width) for _ in range(tensors)],
+        ),
+        axes=({0: batch, 1: new}, [{0: past, 1: batch}] * tensors, [{0: batch}] * tensors),
+        inputs={"tokens": ("batch", "new"), **_keys_values("past", dims), **_keys_values("cross", dims)},
+        outputs={"logits": ("batch", "new", dims.vocab), **_keys_values("new", dims)},
+    )
+
+
+def _keys_values(what: str, dims: Dims) -> dict[str, Shape]:
+    """Names and shapes of the K and V of every layer: ``cross`` [B, H, F, E], ``past`` and ``new`` [P or T, B, H, E]."""
+    heads, width = dims.decoder_heads, dims.head_dim
+    shape: Shape = ("batch", heads, dims.n_audio_ctx, width) if what == "cross" else (what, "batch", heads, width)
+    return {f"{what}_{kind}_{layer}": shape for layer in range(dims.decoder_layers) for kind in "kv"}
+
+
+def _trace(describe: Callable[[Dims], Traceable], dims: Dims, precision: str) -> ir.Model:
+    """The ONNX model of a module whose parameters have shapes and types but no memory."""
+    import onnx_ir as ir
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16 if precision == "fp16" else torch.float32)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            traceable = describe(dims)
+            program = torch.export.export(
+                traceable.module.eval(), traceable.arguments, dynamic_shapes=traceable.axes, strict=False
+            )
+            # torch's own optimiser stumbles on parameters without memory; the rewriter does what is needed.
+            converted = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
+    finally:
+        torch.set_default_dtype(default)
+    model: ir.Model = cast("torch.onnx.ONNXProgram", converted).model
+    for values, named in ((model.graph.inputs, traceable.inputs), (model.graph.outputs, traceable.outputs)):
+        for value, (name, shape) in zip(values, named.items(), strict=True):
+            value.name, value.shape = name, ir.Shape(shape)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the converters: they remark on operators and features that Whisper does not use."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+# --- rewriting the graph for speed, with weights that are read when they are written
+
+
+class _Rewriter:
+    """Turns the traced graph into the shipped one, and its initializers into lazy readers of the checkpoint."""
+
+    def __init__(self, graph: ir.Graph, weights: Weights, precision: str) -> None:
+        self.graph = graph
+        self.weights = weights
+        self.precision = precision
+
+    def run(self, name: str) -> None:
+        """Rewrite in place; ``name`` is ``encoder`` or ``decoder``."""
+        for initializer in list(self.graph.initializers.values()):
+            self._bind(initializer)
+        for node in self._nodes("Reshape"):
+            self._simplify_reshape(node)
+        if name == "encoder":
+            # Flash attention. The decoder's single queries are faster with plain matrix products.
+            for node in self._nodes("Softmax"):
+                self._fuse_attention(node)
+        for node in self._nodes("MatMul"):
+            self._rewrite_linear(node, name)
+        if self.precision == "fp16":
+            self._float_boundary()
+
+    def _nodes(self, op_type: str) -> list[ir.Node]:
+        return [node for node in self.graph if node.op_type == op_type]
+
+    def _bind(self, initializer: ir.Value) -> None:
+        """Let a traced parameter read its tensor from the checkpoint."""
+        name = initializer.name
+        initializer.const_value = _lazy(name, initializer.dtype, initializer.shape, lambda: self._read(name))
+
+    def _read(self, name: str) -> NDArray[Any]:
+        import torch
+
+        dtype = torch.float16 if self.precision == "fp16" else torch.float32
+        array: NDArray[Any] = self.weights.read(f"model.{name}").to(dtype).numpy()
+        return array
+
+    def _initializer(self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], NDArray[Any]]) -> ir.Value:
+        """A further initializer, or the one that already has this name."""
+        import onnx_ir as ir
+
+        if name not in self.graph.initializers:
+            value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+            value.const_value = _lazy(name, dtype, value.shape, read)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+    def _insert(
+        self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any
+    ) -> ir.Value:
+        """Add a node with one output; returns the output."""
+        import onnx_ir as ir
+
+        node = ir.node(op_type, inputs, attributes, domain=domain)
+        self.graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def _simplify_reshape(self, node: ir.Node) -> None:
+        """Splitting or merging heads keeps the first two axes: a constant shape instead of one computed at every step."""
+        import onnx_ir as ir
+
+        before, after = node.inputs[0].shape, node.outputs[0].shape
+        if before is None or after is None or list(before[:2]) != list(after[:2]) or not after.is_static(len(after) - 1):
+            return
+        node.replace_input_with(1, self._insert(node, "Constant", [], value_ints=[0, 0, *after[2:]]))
+        node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+
+    def _fuse_attention(self, softmax: ir.Node) -> None:
+        """Softmax(q · s · kᵀ) · v with its splitting and merging of heads → one MultiHeadAttention over [B, F, D]."""
+        scores = softmax.inputs[0].producer()
+        queries, transposed_keys = (value.producer() for value in scores.inputs)
+        scaled = queries.inputs[0].producer().inputs[0].producer()
+        keys = transposed_keys.inputs[0].producer()
+        (product,) = _consumers(softmax)
+        values = product.inputs[1].producer()
+        (transposed,) = _consumers(product)
+        (merged,) = _consumers(transposed)
+        # The operator scales by itself, so it takes what the scaling took.
+        whole = [scaled.inputs[0], *(heads.inputs[0].producer().inputs[0] for heads in (keys, values))]
+        heads = queries.inputs[0].shape[2]
+        _replace(merged.outputs[0], self._insert(merged, "MultiHeadAttention", whole, CONTRIB, num_heads=heads))
+
+    def _rewrite_linear(self, node: ir.Node, graph_name: str) -> None:
+        """MatMul(x, Transpose(weight)) (+ bias) → the form that the runtime runs fastest."""
+        transpose = node.inputs[1].producer()
+        if transpose is None or not transpose.inputs[0].is_initializer():
+            return
+        weight = transpose.inputs[0]
+        n, k = weight.shape
+        if self.precision == "int8":
+            self._quantise_linear(node, weight, graph_name)
+        elif weight.name == HEAD:
+            # Stored once: the runtime folds the transposition when it loads the model.
+            if self.precision == "fp16":
+                self._float_head(node)
+        else:
+            name = weight.name
+            columns = self._initializer(f"{name}.T", weight.dtype, (k, n), lambda: self._read(name).T)
+            node.replace_input_with(1, columns)
+
+    def _float_head(self, node: ir.Node) -> None:
+        """Logits in float32: float16 resolves numbers above 16 only to 1/64, which makes equals of close candidates."""
+        import onnx_ir as ir
+
+        inputs = [self._insert(node, "Cast", [value], to=ir.DataType.FLOAT) for value in node.inputs]
+        _replace(node.outputs[0], self._insert(node, "MatMul", inputs), dtype=ir.DataType.FLOAT)
+
+    def _quantise_linear(self, node: ir.Node, weight: ir.Value, graph_name: str) -> None:
+        last, bias = node, None
+        (consumer, *others) = [*_consumers(node), None]
+        if consumer is not None and others == [None] and consumer.op_type == "Add" and consumer.inputs[1].is_initializer():
+            last, bias = consumer, consumer.inputs[1]
+        make = self._dynamic_int8 if graph_name == "encoder" else self._blockwise_int8
+        _replace(last.outputs[0], make(last, node.inputs[0], weight, bias))
+        if weight.name == HEAD:
+            self._quantise_embedding(weight)
+
+    def _dynamic_int8(self, before: ir.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+        """8-bit activations and weights, one scale a column: the fastest for many rows at once."""
+        import onnx_ir as ir
+
+        (n, k), name = weight.shape, weight.name
+        q8 = self._initializer(f"{name}.T_int8", ir.DataType.INT8, (k, n), lambda: self._quantised(name, k)[0][:, 0].T)
+        scale = self._initializer(f"{name}.scale", ir.DataType.FLOAT, (n,), lambda: self._quantised(name, k)[1][:, 0])
+        return self._insert(before, "DynamicQuantizeMatMul", [x, q8, scale, None, bias], CONTRIB)
+
+    def _blockwise_int8(self, before: ir.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+        """8-bit weights with a scale a block, activations quantised on the fly (accuracy level 4): the fastest for one row."""
+        n, k = weight.shape
+        q8, scales = self._blocks(weight)
+        attributes = {"N": n, "K": k, "bits": 8, "block_size": q8.shape[2], "accuracy_level": 4}
+        return self._insert(before, "MatMulNBits", [x, q8, scales, None, None, bias], CONTRIB, **attributes)
+
+    def _quantise_embedding(self, weight: ir.Value) -> None:
+        """Look tokens up in the head's own 8-bit table."""
+        gather = next(node for node in weight.consumers() if node.op_type == "Gather")
+        q8, scales = self._blocks(weight)
+        table = self._insert(gather, "Reshape", [q8, self._insert(gather, "Constant", [], value_ints=list(weight.shape))])
+        attributes = {"bits": 8, "block_size": q8.shape[2], "gather_axis": 0, "quantize_axis": 1}
+        inputs = [table, gather.inputs[1], scales]
+        _replace(gather.outputs[0], self._insert(gather, "GatherBlockQuantized", inputs, CONTRIB, **attributes))
+
+    def _blocks(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Unsigned 8-bit weight [N, K / block, block] and its scales [N, K / block]."""
+        import numpy as np
+        import onnx_ir as ir
+
+        (n, k), name = weight.shape, weight.name
+        block = next((block for block in BLOCKS if k % block == 0), None)
+        if block is None:
+            raise ExportError(f"model.{name} has rows of {k}; 8-bit blocks need a multiple of {BLOCKS[-1]}.")
+
+        def unsigned() -> NDArray[np.uint8]:
+            return self._quantised(name, block)[0].view(np.uint8) ^ np.uint8(ZERO_POINT)
+
+        def scales() -> NDArray[np.float32]:
+            return self._quantised(name, block)[1]
+
+        q8 = self._initializer(f"{name}.uint8", ir.DataType.UINT8, (n, k // block, block), unsigned)
+        return q8, self._initializer(f"{name}.scales", ir.DataType.FLOAT, (n, k // block), scales)
+
+    def _quantised(self, name: str, block: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        return quantise(self.weights.read(f"model.{name}"), block)
+
+    def _float_boundary(self) -> None:
+        """Spectrogram, states and logits stay float32 for the caller; the caches are float16, as the graph is."""
+        import onnx_ir as ir
+
+        for value in self.graph.inputs:
+            if value.name == "mel":
+                readers = list(value.consumers())
+                narrow = self._insert(self.graph[0], "Cast", [value], to=ir.DataType.FLOAT16)
+                for reader in readers:
+                    reader.replace_input_with(0, narrow)
+                value.dtype = ir.DataType.FLOAT
+        for index, value in enumerate(self.graph.outputs):
+            if value.name == "encoder_states":
+                widen = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+                self.graph.append(widen)
+                states = widen.outputs[0]
+                states.name, states.shape, states.dtype = value.name, value.shape, ir.DataType.FLOAT
+                self.graph.outputs[index] = states
+                value.name = None
+
+
+def quantise(weight: torch.Tensor, block: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Float [N, K] → int8 [N, K / block, block] and scales [N, K / block]: symmetric, nearest."""
+    import numpy as np
+
+    n, k = weight.shape
+    quantised = np.empty((n, k // block, block), np.int8)
+    scales = np.empty((n, k // block), np.float32)
+    for start in range(0, n, ROWS):
+        rows = weight[start : start + ROWS].float().numpy().reshape(-1, k // block, block)
+        scale = np.maximum(np.abs(rows).max(axis=2) / LARGEST_Q8, np.finfo(np.float32).tiny)
+        quantised[start : start + ROWS] = np.rint(rows / scale[..., None])
+        scales[start : start + ROWS] = scale
+    return quantised, scales
+
+
+def _lazy(name: str, dtype: ir.DataType, shape: ir.Shape, read: Callable[[], NDArray[Any]]) -> ir.LazyTensor:
+    """A tensor that is read when it is written, and forgotten again."""
+    import numpy as np
+    import onnx_ir as ir
+
+    return ir.LazyTensor(lambda: ir.Tensor(np.ascontiguousarray(read())), dtype=dtype, shape=shape, name=name)
+
+
+def _consumers(node: ir.Node) -> list[ir.Node]:
+    return list(node.outputs[0].consumers())
+
+
+def _replace(old: ir.Value, new: ir.Value, dtype: ir.DataType | None = None) -> None:
+    """Let ``new`` take the place, shape, type and name of ``old``."""
+    import onnx_ir as ir
+
+    new.shape, new.type = old.shape, ir.TensorType(dtype or old.dtype)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    new.name, old.name = old.name, None
+
+
+def _clean(model: ir.Model) -> None:
+    """Drop what the rewriting left over, and the tracer's notes: sizes of traced examples, paths of source files."""
+    import onnx_ir.passes.common as passes
+
+    for tidy in (
+        passes.RemoveUnusedNodesPass(),
+        passes.IdentityEliminationPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.ClearMetadataAndDocStringPass(),
+    ):
+        tidy(model)
+    for node in model.graph:
+        for output in node.outputs:
+            if not output.is_graph_output():
+                output.shape = output.type = None
+    model.opset_imports[CONTRIB] = 1
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    import onnx_ir as ir
+
+    ir.save(model, path, external_data=f"{path.name}.data")
+
+
+def _specs(graph: str, model: ir.Model) -> list[TensorSpec]:
+    def spec(role: Literal["input", "output"], value: ir.Value) -> TensorSpec:
+        shape = [axis if isinstance(axis, int) else axis.value for axis in value.shape]
+        return TensorSpec(graph=graph, role=role, name=value.name, dtype=value.dtype.numpy().name, shape=shape)
+
+    inputs = [spec("input", value) for value in model.graph.inputs]
+    return inputs + [spec("output", value) for value in model.graph.outputs]
