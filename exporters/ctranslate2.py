@@ -10,6 +10,7 @@ from asr_core.artifact import TensorSpec
 from asr_core.checkpoint import Checkpoint, Dims
 from asr_core.errors import ExportError
 from asr_core.isolate import Progress
+from asr_core.tokens import load_tokenizer
 
 # int8_float32 rather than int8: both store the same matrices in 8 bits per row, embedding included, and compute alike on a
 # CPU, but int8 leaves the small rest (norms, biases, positions) in whatever type the checkpoint was saved in.
@@ -31,7 +32,7 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
         raise ExportError(f"CTranslate2's converter refuses {checkpoint.name}: {error}") from error
     progress("verify")
     _complete_config(checkpoint, folder / "config.json")
-    _check_vocabulary(checkpoint.dims, folder / "vocabulary.json")
+    _check_vocabulary(checkpoint.path, folder / "vocabulary.json")
     return _tensors(checkpoint.dims)
 
 
@@ -62,11 +63,14 @@ def _token_lists(generation: dict[str, Any]) -> dict[str, list[Any]]:
     return lists
 
 
-def _check_vocabulary(dims: Dims, path: Path) -> None:
-    """CTranslate2 finds special tokens by their line in this file, so a hole would shift them all."""
+def _check_vocabulary(folder: Path, path: Path) -> None:
+    """CTranslate2 finds its special tokens by their place in this file, so a hole would shift them unseen."""
     tokens = json.loads(path.read_text(encoding="utf-8"))
-    if len(tokens) != dims.vocab:
-        raise ExportError(f"{path.name} holds {len(tokens)} tokens; the model has {dims.vocab}.")
+    wrong = [
+        token for token, index in load_tokenizer(folder).get_vocab().items() if index >= len(tokens) or tokens[index] != token
+    ]
+    if wrong:
+        raise ExportError(f"{path.name} has {len(wrong)} tokens in the wrong place, {min(wrong)!r} among them.")
 
 
 def _tensors(dims: Dims) -> list[TensorSpec]:

@@ -1,0 +1,109 @@
+import json
+
+import numpy as np
+import pytest
+
+from asr_core.artifact import Artifact
+from asr_core.checkpoint import Checkpoint
+from asr_core.decode import DecodeOptions
+from asr_core.errors import ExportError
+from exporters import ctranslate2 as exporter
+from runners import ctranslate2, pytorch
+
+STEPS = 30
+
+
+def mels(batch: int, n_mels: int = 80) -> np.ndarray:
+    """Windows of different level and contrast."""
+    noise = np.random.default_rng(0).uniform(-1, 1, size=(batch, n_mels, 3000))
+    contrast, level = np.linspace(0.1, 1, batch), np.linspace(-0.5, 0.5, batch)
+    return (noise * contrast[:, None, None] + level[:, None, None]).astype(np.float32)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, STEPS])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_says_what_pytorch_says(talkative, talkative_artifact, batch, limit):
+    """The limit is exact, above and below the prompt's length; scores mean the same, with and without an end."""
+    ours = ctranslate2.open(talkative_artifact.path, 1).generate(mels(batch), DecodeOptions(max_new_tokens=limit))
+    reference = pytorch.open(talkative, 1).generate(mels(batch), DecodeOptions(max_new_tokens=limit))
+    assert [row.tokens for row in ours] == [row.tokens for row in reference]
+    for one, other in zip(ours, reference, strict=True):
+        # CTranslate2 adds in float32 what we add in float64: 1e-5 of sums up to 100.
+        assert one.sum_logprob == pytest.approx(other.sum_logprob, rel=1e-5, abs=1e-5)
+        assert one.no_speech_prob == pytest.approx(other.no_speech_prob, rel=1e-4)
+        assert one.timings.encode_s > 0
+        assert one.timings.decode_s > 0
+        assert one.timings.prompt_s is None
+
+
+@pytest.mark.parametrize("name", ["mini", "mini.en", "mini-large-v3"])
+@pytest.mark.parametrize("precision", exporter.PRECISIONS)
+def test_every_shape_and_precision(shape_folder, export_here, capfd, name, precision):
+    folder = shape_folder(name)
+    artifact = export_here(folder, "ctranslate2", precision)
+    capfd.readouterr()
+    runner = ctranslate2.open(artifact.path, 1)
+    assert capfd.readouterr() == ("", ""), "a type that this processor lacks would be announced"
+    mel = mels(1, runner.dims.n_mels)
+    reference = pytorch.open(folder, 1)
+    # Encoder states of random weights are of the order of 1: sums in float32, weights of 11 bits, of 8 bits.
+    tolerance = {"fp32": 1e-5, "fp16": 5e-3, "int8": 0.1}[precision]
+    np.testing.assert_allclose(runner.encoder_states(mel), reference.encoder_states(mel), rtol=0, atol=tolerance)
+    row = runner.generate(mel, DecodeOptions(max_new_tokens=STEPS))[0]
+    assert len(row.tokens) == STEPS
+    if precision == "fp32":
+        assert row.tokens == reference.generate(mel, DecodeOptions(max_new_tokens=STEPS))[0].tokens
+    assert runner.score(mel, row.tokens) is None
+    runner.close()
+
+
+def test_the_default_bound_is_half_of_the_text_context(shape_folder, export_here):
+    runner = ctranslate2.open(export_here(shape_folder("mini"), "ctranslate2", "fp32").path, 1)
+    assert len(runner.generate(mels(1), DecodeOptions())[0].tokens) == 224
+
+
+def test_tensors_are_described(talkative_artifact):
+    shapes = {tensor.name: tensor.shape for tensor in talkative_artifact.manifest.tensors}
+    assert shapes == {"features": ["batch", 80, 3000], "encoder_output": ["batch", 1500, 64]}
+    runner = ctranslate2.open(talkative_artifact.path, 1)
+    assert runner.encoder_states(mels(2)).shape == (2, 1500, 64)
+
+
+def converted_config(artifact: Artifact) -> dict[str, object]:
+    return json.loads((artifact.path / "config.json").read_text())
+
+
+def test_config_lists_survive_from_model_config(mini, export_here):
+    """Through transformers, a generation config that is marked so loses its language ids and alignment heads."""
+    path = mini / "generation_config.json"
+    generation = json.loads(path.read_text())
+    path.write_text(json.dumps(generation | {"_from_model_config": True}))
+    config = converted_config(export_here(mini, "ctranslate2", "fp32"))
+    assert config["suppress_ids"] == generation["suppress_tokens"]
+    assert config["suppress_ids_begin"] == generation["begin_suppress_tokens"]
+    assert config["alignment_heads"] == generation["alignment_heads"]
+    assert config["lang_ids"] == sorted(generation["lang_to_id"].values())
+
+
+def test_a_checkpoint_without_alignment_heads_gets_the_upper_layers(mini, export_here):
+    path = mini / "generation_config.json"
+    generation = json.loads(path.read_text())
+    del generation["alignment_heads"]
+    path.write_text(json.dumps(generation))
+    assert converted_config(export_here(mini, "ctranslate2", "fp32"))["alignment_heads"] == [[1, 0]]
+
+
+def test_a_shifted_vocabulary_is_refused(talkative_artifact, talkative, tmp_path):
+    tokens = json.loads((talkative_artifact.path / "vocabulary.json").read_text())
+    path = tmp_path / "vocabulary.json"
+    path.write_text(json.dumps([*tokens[:50000], *tokens[50001:], "<|30.02|>"]))
+    with pytest.raises(ExportError, match=r"vocabulary\.json has 1865 tokens in the wrong place"):
+        exporter._check_vocabulary(talkative, path)
+
+
+def test_the_converters_refusal_is_ours(mini, tmp_path):
+    checkpoint = Checkpoint.open(mini)
+    path = mini / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "vit"}))
+    with pytest.raises(ExportError, match="CTranslate2's converter refuses mini: No conversion is registered"):
+        exporter.export(checkpoint, tmp_path / "out", "fp32", lambda stage: None)
