@@ -16,6 +16,7 @@ from asr_core.tokens import load_tokenizer
 # CPU, but int8 leaves the small rest (norms, biases, positions) in whatever type the checkpoint was saved in.
 QUANTIZATION = {"fp32": "float32", "fp16": "float16", "int8": "int8_float32"}
 PRECISIONS = tuple(QUANTIZATION)
+LENT = "<|startoflm|>"
 
 
 def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progress) -> list[TensorSpec]:
@@ -32,7 +33,7 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
         raise ExportError(f"CTranslate2's converter refuses {checkpoint.name}: {error}") from error
     progress("verify")
     _complete_config(checkpoint, folder / "config.json")
-    _check_vocabulary(checkpoint.path, folder / "vocabulary.json")
+    _complete_vocabulary(checkpoint, folder / "vocabulary.json")
     return _tensors(checkpoint.dims)
 
 
@@ -63,14 +64,23 @@ def _token_lists(generation: dict[str, Any]) -> dict[str, list[Any]]:
     return lists
 
 
-def _check_vocabulary(folder: Path, path: Path) -> None:
-    """CTranslate2 finds its special tokens by their place in this file, so a hole would shift them unseen."""
+def _complete_vocabulary(checkpoint: Checkpoint, path: Path) -> None:
+    """Check every token's place, and make a multilingual model known as one.
+
+    CTranslate2 finds its special tokens by their place in this file, so a hole would shift them unseen. It takes a model for
+    multilingual where the vocabulary has an empty token, as OpenAI's has before the special ones; a vocabulary without one
+    lends it the place of a token that Whisper never learned to use. Clients read texts from tokenizer.json.
+    """
     tokens = json.loads(path.read_text(encoding="utf-8"))
-    wrong = [
-        token for token, index in load_tokenizer(folder).get_vocab().items() if index >= len(tokens) or tokens[index] != token
-    ]
+    places = load_tokenizer(checkpoint.path).get_vocab()
+    wrong = [token for token, index in places.items() if index >= len(tokens) or tokens[index] != token]
     if wrong:
         raise ExportError(f"{path.name} has {len(wrong)} tokens in the wrong place, {min(wrong)!r} among them.")
+    if checkpoint.multilingual and "" not in tokens:
+        if LENT not in tokens:
+            raise ExportError(f"{path.name} has no {LENT} to mark the model as multilingual.")
+        tokens[tokens.index(LENT)] = ""
+        path.write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
 
 
 def _tensors(dims: Dims) -> list[TensorSpec]:
