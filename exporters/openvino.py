@@ -1,0 +1,264 @@
+"""OpenVINO IR in the layout that ``openvino_genai.WhisperPipeline`` loads as it is.
+
+The encoder is a plain graph. The decoder is stateful: self-attention keys and values grow inside the runtime and follow
+``beam_idx``; cross-attention keys and values are states too, whose initialiser is their projection of the encoder states, so
+that they are computed once after each reset and no branch is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from asr_core.artifact import TensorSpec
+from asr_core.checkpoint import Checkpoint, Dims
+from asr_core.errors import ExportError
+from asr_core.isolate import Progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PRECISIONS = ("fp32", "fp16", "int8")
+ENCODER = "openvino_encoder_model"
+DECODER = "openvino_decoder_model"
+TOKENIZER = "openvino_tokenizer"
+DETOKENIZER = "openvino_detokenizer"
+ENCODER_PREFIX = "model.encoder."
+DECODER_PREFIX = "model.decoder."
+# Any sizes above one will do to capture the graph with, as long as they differ: torch takes 1 for a constant.
+TRACED_BATCH = 2
+TRACED_TOKENS = 3
+TRACED_PAST = 5
+# Names of the dynamic axes, where they are more than the batch.
+AXES = {
+    "input_ids": ("batch", "tokens"),
+    "encoder_hidden_states": ("batch", "positions"),
+    "logits": ("batch", "tokens"),
+}
+
+
+def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progress) -> list[TensorSpec]:
+    """Convert encoder, decoder and tokenizer; raises :class:`ExportError` where OpenVINO refuses one.
+
+    One half of the model is in memory at a time.
+    """
+    tensors = []
+    for part, file, convert in (("encoder", ENCODER, _encoder), ("decoder", DECODER, _decoder)):
+        progress(part)
+        with _refusals(part), _quiet():
+            model = convert(checkpoint)
+            tensors += _specs(model, part)
+            _save(model, folder / f"{file}.xml", precision)
+            del model
+    progress("tokenizer")
+    with _refusals("tokenizer"), _quiet():
+        _save_tokenizers(checkpoint.path, folder)
+    shutil.copyfile(checkpoint.path / "config.json", folder / "config.json")
+    return tensors
+
+
+@contextmanager
+def _refusals(part: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ExportError(f"OpenVINO could not convert the {part}: {error}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Tracing and compression report what is normal here in hundreds of lines."""
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _load(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> nn.Module:
+    """Give a module without storage the checkpoint's tensors below ``prefix``, and only those are read."""
+    names = [name for name in checkpoint.weights.names if name.startswith(prefix)]
+    own = {name[len(prefix) :]: checkpoint.weights.read(name).float() for name in names}
+    module.load_state_dict(own, strict=True, assign=True)
+    return module.eval().requires_grad_(requires_grad=False)
+
+
+def _encoder(checkpoint: Checkpoint) -> Any:
+    """``input_features`` [?, n_mels, 3000] → ``last_hidden_state`` [?, 1500, D]."""
+    import torch
+
+    from asr_core import graph
+
+    dims = checkpoint.dims
+    with torch.device("meta"):
+        encoder = graph.Encoder(dims)
+    mel = torch.zeros(TRACED_BATCH, dims.n_mels, 2 * dims.n_audio_ctx)
+    model = _convert(_load(encoder, ENCODER_PREFIX, checkpoint), (mel,), ({0: torch.export.Dim.DYNAMIC},))
+    _name(model.inputs, ["input_features"])
+    _name(model.outputs, ["last_hidden_state"])
+    return model
+
+
+def _decoder(checkpoint: Checkpoint) -> Any:
+    """The stateful decoder.
+
+    ``input_ids`` i64 [?, ?], ``encoder_hidden_states`` f32 [?, ?, D], ``beam_idx`` i32 [?] → ``logits`` [?, ?, vocab].
+    """
+    import torch
+
+    from asr_core import graph
+
+    dims = checkpoint.dims
+    with torch.device("meta"):
+        decoder = graph.Decoder(dims)
+    step = _stateless_step(_load(decoder, DECODER_PREFIX, checkpoint))
+    count = 2 * dims.decoder_layers
+    example = (
+        torch.zeros(TRACED_BATCH, TRACED_TOKENS, dtype=torch.int64),
+        torch.zeros(TRACED_BATCH, dims.n_audio_ctx, dims.d_model),
+        torch.arange(TRACED_BATCH, dtype=torch.int32),
+        # Tensors of their own: capturing takes one that is passed twice for one input.
+        [torch.zeros(TRACED_BATCH, dims.decoder_heads, TRACED_PAST, dims.head_dim) for _ in range(count)],
+        [torch.zeros(TRACED_BATCH, dims.decoder_heads, dims.n_audio_ctx, dims.head_dim) for _ in range(count)],
+    )
+    size = torch.export.Dim.DYNAMIC
+    dynamic = ({0: size, 1: size}, {0: size, 1: size}, {0: size}, [{0: size, 2: size}] * count, [{0: size, 2: size}] * count)
+    model = _stateful(_convert(step, example, dynamic), dims)
+    _name(model.inputs, ["input_ids", "encoder_hidden_states", "beam_idx"])
+    _name(model.outputs, ["logits"])
+    return model
+
+
+def _convert(module: nn.Module, example: tuple[Any, ...], dynamic: tuple[Any, ...]) -> Any:
+    """Capture a module (under fake tensors: nothing is computed) and convert it; ``dynamic`` marks its axes of any size."""
+    import openvino as ov
+    import torch
+
+    model = ov.convert_model(torch.export.export(module, example, dynamic_shapes=dynamic, strict=False))
+    # OpenVINO takes every axis for dynamic then; known sizes make for a simpler graph.
+    pairs = zip(_flat(example), _flat(dynamic), strict=True)
+    shapes = [[-1 if axis in free else size for axis, size in enumerate(tensor.shape)] for tensor, free in pairs]
+    model.reshape({index: ov.PartialShape(shape) for index, shape in enumerate(shapes)})
+    return model
+
+
+def _flat(items: Iterable[Any]) -> list[Any]:
+    return [leaf for item in items for leaf in (item if isinstance(item, list) else [item])]
+
+
+def _stateless_step(decoder: Any) -> Any:
+    """The decoder step with every state as an input and an output, ready for :func:`_stateful`."""
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional as F
+
+    from asr_core import graph
+
+    class Step(nn.Module):
+        """Past self and stored cross K/V [B, H, S, E] come in; grown self and freshly projected cross K/V go out."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = decoder
+
+        def forward(
+            self, tokens: Tensor, encoded: Tensor, beam_idx: Tensor, past: list[Tensor], cross: list[Tensor]
+        ) -> tuple[Tensor, ...]:
+            p, t = past[0].shape[2], tokens.shape[1]
+            positions = torch.arange(p, p + t)
+            mask = (torch.arange(p + t)[None, :] > positions[:, None]) * graph.MASKED
+            x = decoder.embed(tokens, positions)
+            grown: list[Tensor] = []
+            for i, layer in enumerate(decoder.layers):
+                attn, h = layer.self_attn, layer.self_attn_layer_norm(x)
+                pairs = zip(past[2 * i : 2 * i + 2], attn.keys_values(h), strict=True)
+                k, v = (torch.cat([old.index_select(0, beam_idx), new], 2) for old, new in pairs)
+                x = x + attn.output(attend(attn.query(h), k, v, mask))
+                attn, h = layer.encoder_attn, layer.encoder_attn_layer_norm(x)
+                x = x + attn.output(attend(attn.query(h), cross[2 * i], cross[2 * i + 1]))
+                x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
+                grown += [k, v]
+            return (decoder.logits(x), *grown, *decoder.cross_keys_values(encoded))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention as the one operator that the runtime fuses with its cache.
+
+        The scale is in ``q`` already: given to the operator, the runtime would apply it to all 1500 keys at every step.
+        """
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=1.0)
+
+    return Step()
+
+
+def _stateful(model: Any, dims: Dims) -> Any:
+    """Turn the state inputs and outputs of a converted :func:`_stateless_step` into states of the runtime."""
+    import openvino as ov
+    from openvino import opset13 as op
+
+    inputs = [port.get_node() for port in model.inputs]
+    updates = [port.get_node().input_value(0).get_node() for port in model.outputs[1:]]
+    count = 2 * dims.decoder_layers
+    names = [f"{kind}.{i // 2}.{'kv'[i % 2]}" for kind in ("self", "cross") for i in range(count)]
+    initials = [_no_rows(inputs[0], dims)] * count + updates[count:]
+    sinks = []
+    for name, parameter, initial, update in zip(names, inputs[3:], initials, updates, strict=True):
+        read = op.read_value(initial, name, ov.Type.f32, parameter.get_partial_shape())
+        for target in parameter.output(0).get_target_inputs():
+            target.replace_source_output(read.output(0))
+        sinks.append(op.assign(read if initial is update else update, name))
+    return ov.Model([model.outputs[0].get_node()], sinks, inputs[:3], "decoder")
+
+
+def _no_rows(tokens: Any, dims: Dims) -> Any:
+    """Keys or values of no past token, [B, H, 0, E] for the batch of the new tokens."""
+    import numpy as np
+    from openvino import opset13 as op
+
+    first, axis = op.constant([0], np.int64), op.constant(0, np.int64)
+    batch = op.gather(op.shape_of(tokens), first, axis)
+    shape = op.concat([batch, op.constant([dims.decoder_heads, 0, dims.head_dim], np.int64)], 0)
+    return op.broadcast(op.constant(0.0, np.float32), shape)
+
+
+def _save(model: Any, file: Path, precision: str) -> None:
+    import nncf
+    import openvino as ov
+
+    if precision == "int8":
+        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    ov.save_model(model, file, compress_to_fp16=precision == "fp16")
+
+
+def _save_tokenizers(checkpoint: Path, folder: Path) -> None:
+    """The tokenizer and detokenizer as graphs, which the client cannot do without."""
+    import openvino as ov
+    from openvino_tokenizers import convert_tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, local_files_only=True)
+    for name, model in zip(
+        (TOKENIZER, DETOKENIZER),
+        convert_tokenizer(tokenizer, with_detokenizer=True, skip_special_tokens=True),
+        strict=True,
+    ):
+        ov.save_model(model, folder / f"{name}.xml")
+
+
+def _name(ports: Sequence[Any], names: Sequence[str]) -> None:
+    for port, name in zip(ports, names, strict=True):
+        port.get_tensor().set_names({name})
+
+
+def _specs(model: Any, graph: str) -> list[TensorSpec]:
+    """The model's inputs and outputs under their real names."""
+    return [_spec(graph, "input", port) for port in model.inputs] + [_spec(graph, "output", port) for port in model.outputs]
+
+
+def _spec(graph: str, role: Literal["input", "output"], port: Any) -> TensorSpec:
+    axes = AXES.get(port.any_name, ("batch",))
+    shape = [axes[i] if size.is_dynamic else size.get_length() for i, size in enumerate(port.partial_shape)]
+    return TensorSpec(graph=graph, role=role, name=port.any_name, dtype=port.element_type.to_dtype().name, shape=shape)

@@ -1,0 +1,105 @@
+"""OpenVINO's CPU plugin over the layout of ``openvino_genai.WhisperPipeline``, with our decode loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from asr_core.artifact import Artifact
+from asr_core.decode import Logits, Mel
+from runners.base import StepRunner
+
+ENCODER = "openvino_encoder_model.xml"
+DECODER = "openvino_decoder_model.xml"
+CROSS = "cross."  # how the names of the cross-attention states begin
+
+
+@dataclass
+class State:
+    """What the next step continues; the keys and values themselves live in the decoder's request.
+
+    ``windows`` float32 [B, 1500, D] are the encoder states of each row, ``origin`` [B] tells which encoded window that is,
+    ``past`` int32 [B] which row of the last step it goes on from.
+    """
+
+    windows: NDArray[np.float32]
+    origin: NDArray[np.int64]
+    past: NDArray[np.int32]
+
+
+class OpenVINORunner(StepRunner):
+    """Encoder and stateful decoder, one request each: only the newest state can go on."""
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        self.dims = artifact.manifest.dims
+        self.tokens = artifact.manifest.tokens
+        self._encoder = _request(artifact.path / ENCODER, threads)
+        self._decoder = _request(artifact.path / DECODER, threads)
+        self._newest: State | None = None
+
+    def encode(self, mel: Mel) -> State:
+        """Run the encoder and empty the decoder."""
+        windows = self.encoder_states(mel)
+        self._decoder.reset_state()
+        return self._continue_with(State(windows, np.arange(len(mel)), np.arange(len(mel), dtype=np.int32)))
+
+    def step(self, tokens: NDArray[np.int64], state: State) -> Logits:
+        """One pass of the decoder over the new tokens."""
+        self._check(state)
+        self._decoder.set_tensor("input_ids", ov.Tensor(np.ascontiguousarray(tokens), shared_memory=True))
+        self._decoder.infer()
+        state.past[:] = range(len(tokens))
+        logits: Logits = self._decoder.get_output_tensor().data
+        return logits.copy()
+
+    def reorder(self, state: State, rows: NDArray[np.int64]) -> State:
+        """Self-attention follows ``beam_idx``; cross-attention is touched only where rows change their window."""
+        self._check(state)
+        origin = state.origin[rows]
+        windows = state.windows
+        if not np.array_equal(origin, state.origin):
+            windows = windows[rows]
+            for held in self._decoder.query_state():
+                if held.name.startswith(CROSS):
+                    held.state = ov.Tensor(held.state.data[rows])
+        return self._continue_with(State(windows, origin, state.past[rows]))
+
+    def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
+        """The encoder alone."""
+        self._encoder.set_tensor("input_features", ov.Tensor(np.ascontiguousarray(mel), shared_memory=True))
+        self._encoder.infer()
+        states: NDArray[np.float32] = self._encoder.get_output_tensor().data
+        return states.copy()
+
+    def _continue_with(self, state: State) -> State:
+        self._decoder.set_tensor("encoder_hidden_states", ov.Tensor(state.windows, shared_memory=True))
+        self._decoder.set_tensor("beam_idx", ov.Tensor(state.past, shared_memory=True))
+        self._newest = state
+        return state
+
+    def _check(self, state: State) -> None:
+        if state is not self._newest:
+            raise RuntimeError("this state was replaced by a later one: the decoder holds one at a time.")
+
+
+def _request(file: Path, threads: int) -> Any:
+    config = {
+        # The plugin's own choices are bfloat16 where the processor has it and an 8-bit cache: both can change the text.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": "f32",
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "ENABLE_HYPER_THREADING": False,
+        "ENABLE_CPU_PINNING": False,
+    }
+    return ov.Core().compile_model(file, "CPU", config).create_infer_request()
+
+
+def open(path: Path, threads: int) -> OpenVINORunner:
+    """Open and verify an artifact folder."""
+    return OpenVINORunner(Artifact.open(path), threads)
