@@ -32,9 +32,7 @@ def runner(folder: Path) -> Runner:
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-def test_client_and_runner_say_the_same(
-    clip: str, folder: Path, client: openvino_genai.WhisperPipeline, runner: Runner
-) -> None:
+def test_client_and_runner_say_the_same(clip: str, folder: Path, client: openvino_genai.WhisperPipeline, runner: Runner) -> None:
     samples = audio.load_audio(reference.manifest_path().with_name(f"{clip}.flac"))
     mel = audio.log_mel(samples, audio.mel_filters(runner.dims.n_mels))[None]
     ours = runner.generate(mel, DecodeOptions(language="en"))[0]
