@@ -3,6 +3,11 @@
 The exit codes are part of the command line's contract (README, "Exit codes"); 2 is click's own for wrong usage.
 """
 
+import errno
+
+# The file system's own refusals; any other OSError is a defect and keeps its traceback.
+REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
+
 
 class AsrExportError(Exception):
     """A failure with a sentence for the user: what was wrong, where, and what to do next."""

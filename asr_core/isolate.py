@@ -157,12 +157,11 @@ def _call(call: dict[str, Any], progress: Progress) -> dict[str, Any]:
         function = getattr(importlib.import_module(module), name)
         wants_progress = "progress" in function.__code__.co_varnames[: function.__code__.co_argcount]
         return {"result": function(**call["arguments"], **({"progress": progress} if wants_progress else {}))}
-    except OSError as error:
-        storage = errors.StorageError(f"{error.strerror or error}: {error.filename or 'the output folder'}")
-        return {"error": "StorageError", "message": str(storage)}
     except errors.AsrExportError as error:
         return {"error": type(error).__name__, "message": str(error)}
     except Exception as error:  # noqa: BLE001 - an isolated call must always answer
+        if isinstance(error, OSError) and error.errno in errors.REFUSALS:
+            return {"error": "StorageError", "message": f"{error.strerror}: {error.filename or 'the output folder'}"}
         return {"error": "", "message": str(error), "traceback": traceback.format_exc()}
 
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
 
 import click
 
-from asr_core.errors import AsrExportError, StorageError
+from asr_core.errors import REFUSALS, AsrExportError, StorageError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 INTERRUPTED = 130  # what a shell reports for a command that ended by Ctrl-C
-# The file system's own refusals; any other OSError is a defect and keeps its traceback.
-REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
