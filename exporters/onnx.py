@@ -334,9 +334,9 @@ class _Rewriter:
                 widen = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
                 self.graph.append(widen)
                 states = widen.outputs[0]
-                states.name, states.shape, states.dtype = value.name, value.shape, ir.DataType.FLOAT
+                states.name, value.name = value.name, f"{value.name}.float16"
+                states.shape, states.dtype = value.shape, ir.DataType.FLOAT
                 self.graph.outputs[index] = states
-                value.name = None
 
 
 def quantise(weight: torch.Tensor, block: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -1,0 +1,186 @@
+"""What the ONNX files themselves must be: valid, small, and the same model that an ordinary export would give."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto
+from transformers import WhisperForConditionalGeneration
+
+from asr_core import graph
+from asr_core.artifact import Artifact
+from asr_core.checkpoint import Checkpoint
+from exporters.onnx import PRECISIONS, quantise
+from runners import onnx as runner
+
+HEAD = "decoder.embed_tokens.weight"
+GRAPHS = ("encoder", "decoder")
+
+
+@pytest.fixture(scope="module")
+def exported(shape_folder, export_here) -> Callable[[str], Artifact]:
+    done: dict[str, Artifact] = {}
+
+    def export(precision: str) -> Artifact:
+        if precision not in done:
+            done[precision] = export_here(shape_folder("mini"), "onnx", precision)
+        return done[precision]
+
+    return export
+
+
+def initializers(artifact: Artifact, name: str) -> dict[str, onnx.TensorProto]:
+    return {tensor.name: tensor for tensor in onnx.load(artifact.path / f"{name}.onnx").graph.initializer}
+
+
+def session(model: Path) -> ort.InferenceSession:
+    return ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+
+
+def test_listing_precisions_imports_no_converter():
+    heavy = "sorted({'torch', 'onnx', 'onnx_ir', 'onnxscript'} & set(sys.modules))"
+    command = f"import sys; from exporters.onnx import PRECISIONS; print({heavy})"
+    assert subprocess.check_output([sys.executable, "-c", command], text=True).strip() == "[]"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_checker_accepts_the_shipped_file(exported, precision, name):
+    onnx.checker.check_model(exported(precision).path / f"{name}.onnx", full_check=True)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_manifest_lists_what_the_files_declare(exported, precision):
+    artifact = exported(precision)
+    for name in GRAPHS:
+        opened = session(artifact.path / f"{name}.onnx")
+        for role, values in (("input", opened.get_inputs()), ("output", opened.get_outputs())):
+            specs = [spec for spec in artifact.manifest.tensors if (spec.graph, spec.role) == (name, role)]
+            assert [(spec.name, list(spec.shape)) for spec in specs] == [(value.name, value.shape) for value in values]
+            assert all(ort_type(spec.dtype) == value.type for spec, value in zip(specs, values, strict=True))
+
+
+def ort_type(dtype: str) -> str:
+    return f"tensor({'float' if dtype == 'float32' else dtype})"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_no_weight_is_stored_twice(exported, precision):
+    artifact = exported(precision)
+    seen: dict[bytes, str] = {}
+    for name in GRAPHS:
+        for tensor in initializers(artifact, name).values():
+            if math.prod(tensor.dims) > 1000:
+                assert tensor.raw_data not in seen, f"{tensor.name} is {seen.get(tensor.raw_data)} again"
+                seen[tensor.raw_data] = tensor.name
+
+
+@pytest.mark.parametrize(("precision", "bytes_each"), [("fp32", 4), ("fp16", 2)])
+def test_float_files_weigh_what_the_checkpoint_has_parameters(exported, shape_folder, precision, bytes_each):
+    weights = Checkpoint.open(shape_folder("mini")).weights
+    parameters = sum(math.prod(weights.shape(name)) for name in weights.names)
+    # Both graphs together hold each parameter once; small ones may lie in the .onnx file.
+    stored = [math.prod(tensor.dims) for name in GRAPHS for tensor in initializers(exported(precision), name).values()]
+    assert sum(stored) == parameters
+    data = sum((exported(precision).path / f"{name}.onnx.data").stat().st_size for name in GRAPHS)
+    assert 0.99 * parameters * bytes_each < data <= parameters * bytes_each
+
+
+def test_int8_keeps_every_matrix_in_8_bits(exported):
+    eight_bit = {TensorProto.INT8, TensorProto.UINT8}
+    for name in GRAPHS:
+        model = onnx.load(exported("int8").path / f"{name}.onnx", load_external_data=False)
+        stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        products = [node for node in model.graph.node if node.op_type in ("MatMulNBits", "DynamicQuantizeMatMul")]
+        assert all(stored[node.input[1]].data_type in eight_bit for node in products)
+        floats = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in stored]
+        assert floats == []
+    # 2 layers of q, k, v, out, cross q, cross out, fc1, fc2, and the head
+    assert len(products) == 2 * 8 + 1
+    (head,) = (node for node in products if node.input[1].startswith(HEAD))
+    (lookup,) = (node for node in model.graph.node if node.op_type == "GatherBlockQuantized")
+    table = next(node for node in model.graph.node if lookup.input[0] in node.output)
+    assert table.input[0] == head.input[1]
+
+
+def test_fp16_is_float_outside_and_half_inside(exported):
+    dtypes = {spec.name: spec.dtype for spec in exported("fp16").manifest.tensors}
+    assert {dtypes[name] for name in ("mel", "encoder_states", "logits")} == {"float32"}
+    assert {dtype for name, dtype in dtypes.items() if name.startswith(("past", "new", "cross"))} == {"float16"}
+    for name in GRAPHS:
+        assert {tensor.data_type for tensor in initializers(exported("fp16"), name).values()} == {TensorProto.FLOAT16}
+
+
+def test_streamed_export_equals_an_ordinary_one(exported, shape_folder, tmp_path):
+    checkpoint = Checkpoint.open(shape_folder("mini"))
+    ordinary = ordinary_decoder(checkpoint, tmp_path / "decoder.onnx")
+    streamed = session(exported("fp32").path / "decoder.onnx")
+    rng = np.random.default_rng(0)
+    names = [value.name for value in streamed.get_inputs()]
+    for past, new in ((0, 4), (4, 1), (20, 1)):
+        feeds = {"tokens": rng.integers(0, checkpoint.dims.vocab, (2, new))}
+        feeds |= {n: rng.normal(size=(past, 2, 1, 64)).astype(np.float32) for n in names if n.startswith("past")}
+        feeds |= {n: rng.normal(size=(2, 1, 1500, 64)).astype(np.float32) for n in names if n.startswith("cross")}
+        by_position = dict(zip([value.name for value in ordinary.get_inputs()], feeds.values(), strict=True))
+        for ours, theirs in zip(streamed.run(None, feeds), ordinary.run(None, by_position), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def ordinary_decoder(checkpoint: Checkpoint, path: Path) -> ort.InferenceSession:
+    """The usual way: weights in memory, torch's own optimiser."""
+    decoder = graph.Decoder(checkpoint.dims)
+    graph.load_weights(decoder, "model.decoder.", checkpoint.state_dict())
+    batch, past, new = (torch.export.Dim(name, min=low, max=400) for name, low in (("batch", 1), ("past", 0), ("new", 1)))
+    # Tensors of their own: the exporter takes one that comes twice for one input.
+    rows, cross = ([torch.zeros(shape) for _ in range(4)] for shape in ((5, 2, 1, 64), (2, 1, 1500, 64)))
+    torch.onnx.export(
+        graph.DynamicStep(decoder).eval(),
+        (torch.zeros(2, 3, dtype=torch.int64), rows, cross),
+        str(path),
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=({0: batch, 1: new}, [{0: past, 1: batch}] * 4, [{0: batch}] * 4),
+    )
+    return session(path)
+
+
+def test_a_sharded_float16_checkpoint_gives_the_same_files(exported, shape_folder, export_here, tmp_path):
+    for file in shape_folder("mini").glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    model = WhisperForConditionalGeneration.from_pretrained(shape_folder("mini"), dtype=torch.float16)
+    model.save_pretrained(tmp_path, max_shard_size="3MB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    sharded, whole = export_here(tmp_path, "onnx", "fp16"), exported("fp16")
+    for name in GRAPHS:
+        for file in (f"{name}.onnx", f"{name}.onnx.data"):
+            assert (sharded.path / file).read_bytes() == (whole.path / file).read_bytes()
+
+
+@pytest.mark.parametrize("block", [16, 64])
+def test_quantised_weights_are_within_half_a_step(block):
+    weight = torch.randn(5000, 64, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    values, scales = quantise(weight, block)
+    restored = (values * scales[..., None]).reshape(weight.shape)
+    assert np.abs(restored - weight.numpy()).max() <= 0.5001 * scales.max()
+    assert np.abs(values).max() == 127
+    assert not restored[3].any()
+
+
+def test_reordered_state_decodes_as_its_rows(exported):
+    opened = runner.open(exported("fp32").path, 1)
+    rng = np.random.default_rng(0)
+    mel = rng.normal(size=(3, 80, 3000)).astype(np.float32)
+    prompt, token = np.array([[5, 6, 7]] * 3), np.array([[8], [9], [10]])
+    state = opened.encode(mel)
+    opened.step(prompt, state)
+    rows = np.array([2, 0])
+    picked = opened.step(token[rows], opened.reorder(state, rows))
+    np.testing.assert_allclose(picked, opened.step(token, state)[rows], atol=1e-5)
