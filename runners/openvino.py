@@ -51,14 +51,18 @@ class OpenVINORunner(StepRunner):
     def step(self, tokens: NDArray[np.int64], state: State) -> Logits:
         """One pass of the decoder over the new tokens."""
         self._check(state)
-        self._decoder.set_tensor("input_ids", ov.Tensor(np.ascontiguousarray(tokens), shared_memory=True))
+        tokens = np.ascontiguousarray(tokens)  # the shared tensor borrows its memory until the end of this call
+        self._decoder.set_tensor("input_ids", ov.Tensor(tokens, shared_memory=True))
         self._decoder.infer()
         state.past[:] = range(len(tokens))
         logits: Logits = self._decoder.get_output_tensor().data
         return logits.copy()
 
     def reorder(self, state: State, rows: NDArray[np.int64]) -> State:
-        """Self-attention follows ``beam_idx``; cross-attention is touched only where rows change their window."""
+        """Self-attention follows ``beam_idx``; cross-attention is projected anew where rows change their window.
+
+        It can't be copied instead: writing such a state corrupts the plugin's memory when the next window is larger.
+        """
         self._check(state)
         origin = state.origin[rows]
         windows = state.windows
@@ -66,12 +70,13 @@ class OpenVINORunner(StepRunner):
             windows = windows[rows]
             for held in self._decoder.query_state():
                 if held.name.startswith(CROSS):
-                    held.state = ov.Tensor(held.state.data[rows])
+                    held.reset()
         return self._continue_with(State(windows, origin, state.past[rows]))
 
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
-        self._encoder.set_tensor("input_features", ov.Tensor(np.ascontiguousarray(mel), shared_memory=True))
+        mel = np.ascontiguousarray(mel)
+        self._encoder.set_tensor("input_features", ov.Tensor(mel, shared_memory=True))
         self._encoder.infer()
         states: NDArray[np.float32] = self._encoder.get_output_tensor().data
         return states.copy()
