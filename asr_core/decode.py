@@ -170,7 +170,7 @@ def teacher_forced(stepper: Stepper, state: Any, tokens: Sequence[int]) -> Logit
     """
     prompt = 2 if not stepper.tokens.languages else 4
     pieces = [np.array([tokens[:prompt]], np.int64), *(np.array([[token]], np.int64) for token in tokens[prompt:])]
-    return np.concatenate([stepper.step(piece, state)[0] for piece in pieces])
+    return np.concatenate([stepper.step(piece, state)[0].copy() for piece in pieces])  # valid until the next step only
 
 
 def _no_speech(logits: Logits, ids: TokenIds) -> list[float | None]:

@@ -56,7 +56,7 @@ class OpenVINORunner(StepRunner):
         self._decoder.infer()
         state.past[:] = range(len(tokens))
         logits: Logits = self._decoder.get_output_tensor().data
-        return logits.copy()
+        return logits
 
     def reorder(self, state: State, rows: NDArray[np.int64]) -> State:
         """Self-attention follows ``beam_idx``; cross-attention is projected anew where rows change their window.
