@@ -25,6 +25,10 @@ HOP = 160  # samples between two mel frames
 FFT = 400  # samples in one frame
 POSITION = 2 * HOP  # samples behind one encoder position
 WINDOW_SECONDS = 30
+POSITIONS_A_SECOND = SAMPLE_RATE / POSITION
+SLACK_SECONDS = 0.3  # what the guess at a token's place may be wrong by, and its share of the sentence's length
+SLACK_SHARE = 0.1
+NOWHERE = (math.nan, math.nan)
 IGNORED = -100  # a label without loss
 LETTERS = " abcdefghijklmnopqrstuvwxyz'"  # of the auxiliary CTC loss; its blank is 0, so letter i is i + 1
 
@@ -68,11 +72,11 @@ class Stage:
 
 
 STAGES = (
-    Stage(until=0.08, longest=2.5, budget=40, short=1.0, packed=False),
-    Stage(until=0.30, longest=5.0, budget=48, short=0.4, packed=False),
-    Stage(until=0.65, longest=9.0, budget=56, short=0.2, packed=False),
-    Stage(until=0.85, longest=15.0, budget=60, short=0.1, packed=True),
-    Stage(until=1.00, longest=29.0, budget=180, short=0.1, packed=True, full=True),
+    Stage(until=0.06, longest=2.5, budget=40, short=1.0, packed=False),
+    Stage(until=0.20, longest=5.0, budget=48, short=0.4, packed=False),
+    Stage(until=0.44, longest=9.0, budget=56, short=0.2, packed=False),
+    Stage(until=0.87, longest=20.0, budget=90, short=0.15, packed=True),
+    Stage(until=1.00, longest=29.0, budget=180, short=0.15, packed=True, full=True),
 )
 
 
@@ -84,6 +88,7 @@ class Batch:
     inputs: torch.Tensor  # int64 [batch, tokens]
     labels: torch.Tensor  # int64 [batch, tokens], IGNORED where there is no loss
     positions: torch.Tensor  # int64 [batch], encoder positions that hold a window's own audio
+    spans: torch.Tensor  # float32 [batch, tokens, 2], the encoder positions in which a label is spoken; NaN where none
     letters: torch.Tensor  # int64 [all letters], the windows' texts one after another
     letter_counts: torch.Tensor  # int64 [batch]
 
@@ -137,12 +142,14 @@ def collate(group: list[Utterance], tokenizer: Tokenizer, *, full: bool) -> Batc
         row[: len(utterance.audio)] = utterance.audio
     pairs = [_tokens(utterance, tokenizer) for utterance in group]
     letters = [_letters(utterance) for utterance in group]
+    spans = [_spans(utterance, tokenizer) for utterance in group]
     width = max(len(inputs) for inputs, _ in pairs)
     end = tokenizer.token_to_id(END)
     return Batch(
         mel=log_mel(torch.from_numpy(audio)),
         inputs=torch.tensor([i + [end] * (width - len(i)) for i, _ in pairs]),
         labels=torch.tensor([t + [IGNORED] * (width - len(t)) for _, t in pairs]),
+        spans=torch.tensor([own + [NOWHERE] * (width - len(own)) for own in spans]),
         positions=torch.tensor([math.ceil(len(utterance.audio) / POSITION) for utterance in group]),
         letters=torch.tensor([letter for spelled in letters for letter in spelled], dtype=torch.int64),
         letter_counts=torch.tensor([len(spelled) for spelled in letters]),
@@ -296,6 +303,22 @@ def _tokens(utterance: Utterance, tokenizer: Tokenizer) -> tuple[list[int], list
     if not utterance.segments:
         labels[:2] = [*_ids(tokenizer, NO_SPEECH), IGNORED]
     return sequence[:-1], labels
+
+
+def _spans(utterance: Utterance, tokenizer: Tokenizer) -> list[tuple[float, float]]:
+    """Return roughly where each label is spoken, in encoder positions, taking a sentence's letters to be equally long."""
+    spans = [NOWHERE] * 3  # the labels of the prompt
+    for segment in utterance.segments:
+        duration = segment.end - segment.start
+        slack = SLACK_SECONDS + SLACK_SHARE * duration
+        ids = _ids(tokenizer, f" {segment.text}")
+        lengths = [len(tokenizer.decode([index])) for index in ids]
+        scale, spoken = duration / sum(lengths), 0
+        for length in lengths:
+            middle = segment.start + (spoken + length / 2) * scale
+            spoken += length
+            spans.append((POSITIONS_A_SECOND * (middle - slack), POSITIONS_A_SECOND * (middle + slack)))
+    return [*spans, NOWHERE]  # the end is not spoken
 
 
 def _letters(utterance: Utterance) -> list[int]:

@@ -21,7 +21,7 @@ PEAK = 0.35  # of full scale: the files compress better than at 1
 
 @dataclass(frozen=True)
 class Kind:
-    """Clips of one kind: how many, and how long their speech must be."""
+    """Clips of one kind: how many, what is said, and how long they are: at least ``least`` seconds, then silence fills up."""
 
     name: str
     count: int
@@ -32,10 +32,9 @@ class Kind:
 
 
 KINDS = (
-    Kind("short", count=22, noisy=3, rule="fragment", least=0.4, most=2.6),
-    Kind("sentence", count=54, noisy=9, rule="sentence", least=1.8, most=7.0),
-    Kind("several", count=24, noisy=4, rule="sentence", least=6.5, most=13.0),
-    Kind("long", count=8, noisy=1, rule="sentence", least=15.0, most=28.5),
+    Kind("short", count=22, noisy=3, rule="fragment", least=1.0, most=2.6),
+    Kind("sentence", count=72, noisy=11, rule="sentence", least=1.0, most=9.0),
+    Kind("paused", count=14, noisy=2, rule="sentence", least=9.0, most=28.5),
 )
 
 
@@ -56,8 +55,8 @@ def clips(seed: int = SEED) -> Iterator[Clip]:
         for index in range(kind.count):
             # Evenly spread lengths: each part of the range is a share of the clips.
             share = (index + random.random()) / kind.count
-            wanted = kind.least + share * (kind.most - kind.least)
-            clip = _clip(random, kind, wanted, told, f"{kind.name}-{index:02d}")
+            shortest = kind.least if kind.least <= LEAST_SECONDS else kind.least + share * (kind.most - kind.least)
+            clip = _clip(random, kind, shortest, told, f"{kind.name}-{index:02d}")
             noisy = index * kind.noisy // kind.count != (index + 1) * kind.noisy // kind.count
             yield _noisy(random, clip) if noisy else clip
     yield Clip("silence", np.zeros(3 * SAMPLE_RATE, np.float32), "")
@@ -79,22 +78,16 @@ def main(out: Path) -> None:
     click.echo(f"{len(lines)} clips in {out}")
 
 
-def _clip(random: Random, kind: Kind, wanted: float, told: set[str], name: str) -> Clip:
-    """Return sentences of one held-out voice, joined with gaps until they reach a length."""
+def _clip(random: Random, kind: Kind, shortest: float, told: set[str], name: str) -> Clip:
+    """Return one sentence of a held-out voice, with silence around it."""
     voice = synth.draw_voice(random, held_out=True)
-    single = kind.rule == "fragment" or kind.name == "sentence"
-    texts: list[str] = []
-    audio = _gap(random, 0.4)
-    while not texts or (not single and len(audio) < wanted * SAMPLE_RATE):
+    while True:
         text = _new_sentence(random, kind.rule, told)
         speech = synth.speak(text, voice) * np.float32(PEAK)
-        joined = np.concatenate([audio, speech, _gap(random, 0.8)])
-        if len(joined) > (kind.most if single else 29.0) * SAMPLE_RATE:
-            continue
-        texts.append(text)
-        audio = joined
-    missing = int(LEAST_SECONDS * SAMPLE_RATE) - len(audio)
-    return Clip(name, np.pad(audio, (0, max(missing, 0))), " ".join(texts))
+        audio = np.concatenate([_gap(random, 0.4), speech, _gap(random, 0.8)])
+        if len(audio) <= kind.most * SAMPLE_RATE:
+            missing = int(shortest * SAMPLE_RATE) - len(audio)
+            return Clip(name, np.pad(audio, (0, max(missing, 0))), text)
 
 
 def _new_sentence(random: Random, rule: str, told: set[str]) -> str:
