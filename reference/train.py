@@ -150,7 +150,8 @@ def misplacement(
     inside = (positions >= spans[..., :1]) & (positions <= spans[..., 1:])
     spoken = inside.any(-1)
     mass = (weights * inside[:, None]).sum(-1).clamp(min=1e-6)
-    return -(mass.log() * spoken[:, None]).sum() / (heads * spoken.sum().clamp(min=1))
+    mean: torch.Tensor = -(mass.log() * spoken[:, None]).sum() / (heads * spoken.sum().clamp(min=1))
+    return mean
 
 
 def learn(run: Run, batch: Batch, progress: float, *, half: bool) -> Losses:
