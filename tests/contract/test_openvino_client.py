@@ -12,7 +12,7 @@ from asr_core.decode import DecodeOptions
 from runners.base import Runner, open_runner
 
 CLIPS = ("short-00", "short-01", "short-02", "sentence-00", "sentence-05", "sentence-10", "sentence-15", "sentence-20",
-         "long-00", "long-05")  # fmt: skip
+         "paused-00", "paused-05")  # fmt: skip
 
 
 @pytest.fixture(scope="session")
