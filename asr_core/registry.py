@@ -45,7 +45,8 @@ def requirements(extra: str) -> list[str]:
 def require(target: str, *extras: str) -> None:
     """Raise :class:`UnavailableError`, with the line that installs them, where packages of a target's extras are missing."""
     wanted = (target, *extras)
-    missing = [package for extra in wanted for package in requirements(extra) if not _installed(package)]
+    needed = dict.fromkeys(package for extra in wanted for package in requirements(extra))
+    missing = [package for package in needed if not _installed(package)]
     if missing:
         raise UnavailableError(
             f"{target} needs {', '.join(missing)}, not installed here: pip install '{DISTRIBUTION}[{','.join(wanted)}]'"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from asr_core.errors import AsrExportError, GateError
+from asr_core.errors import AsrExportError, GateError, UnavailableError
 from asr_export.cli import handle_errors, report, stage_progress
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def main(model: str, target: str, precision: str, out: Path, jobs: int, *, force
     from asr_core.checkpoint import Checkpoint
 
     planned = plan(target, precision)
+    require_any({name for name, _ in planned})
     checkpoint = Checkpoint.open(model)
     failures = []
     stale = []
@@ -84,6 +85,20 @@ def plan(target: str, precision: str) -> list[tuple[str, str]]:
             build.check_precision(name, one)
             pairs.append((name, one))
     return pairs
+
+
+def require_any(targets: set[str]) -> None:
+    """Raise :class:`~asr_core.errors.UnavailableError` where none of the targets can be exported with what is installed."""
+    from asr_core import registry
+
+    missing = []
+    for target in sorted(targets):
+        try:
+            registry.require(target, "export")
+        except UnavailableError as error:
+            missing.append(error)
+    if len(missing) == len(targets):
+        raise missing[0]
 
 
 def run(checkpoint: Checkpoint, stale: list[Job], jobs: int) -> list[AsrExportError]:

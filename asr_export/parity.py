@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 @handle_errors
 def main(artifacts: Path, model: str, source: Path | None, threads: int, json_file: Path | None) -> None:
     """Run the command."""
+    from asr_core import registry
+
+    registry.require("pytorch", "export")
     import reference
     from asr_core.checkpoint import Checkpoint
     from parity import data, report

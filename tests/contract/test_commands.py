@@ -173,3 +173,17 @@ def test_help_needs_no_runtime():
 def test_artifact_opens_where_it_was_moved_to(copied):
     assert Artifact.open(copied).name == "onnx-fp32"
     assert np.load(copied / "mel_filters.npy").shape == (80, 201)
+
+
+@pytest.mark.parametrize("arguments", [["asr_export.export", "--target", "onnx"], ["asr_export.parity"]])
+def test_a_light_install_is_told_what_to_install(arguments):
+    """As after `pip install asr-export[onnx]`: no torch, no transformers, no safetensors."""
+    hidden = "import importlib.metadata as m; real = m.version\n"
+    hidden += "def version(name):\n"
+    hidden += "    if name in {'torch', 'transformers', 'safetensors'}: raise m.PackageNotFoundError(name)\n"
+    hidden += "    return real(name)\n"
+    hidden += f"m.version = version; from {arguments[0]} import main; main({arguments[1:]!r})"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=False)
+    assert done.returncode == 5, done.stderr
+    assert "pip install 'asr-export[" in done.stderr
+    assert "Traceback" not in done.stderr
