@@ -137,7 +137,9 @@ def test_timeout(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_the_child_dies_with_its_parent(tmp_path, number):
     pid = tmp_path / "pid"
-    code = f"from asr_core import isolate; isolate.run('calls:sleep', {{'path': {str(pid)!r}}})"
+    # A shell's background job inherits SIGINT as ignored.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    code += f"from asr_core import isolate; isolate.run('calls:sleep', {{'path': {str(pid)!r}}})"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as parent:
         until = time.monotonic() + 30
         while not (pid.exists() and pid.read_text()) and time.monotonic() < until:
