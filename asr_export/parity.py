@@ -77,7 +77,7 @@ def _print(rows: list[Row]) -> None:
     console = terminal if terminal.is_terminal else Console(width=240)
     console.print(report.table(rows))
     for row in rows:
-        if row.status != "pass":
+        if row.reason:
             console.print(f"{row.target}-{row.precision} [bold]{row.status}[/]: ", end="")
             console.print(row.reason, markup=False, highlight=False)
 

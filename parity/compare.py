@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ from parity.data import Utterance
 
 Normalise = Callable[[str], str]
 Bounds = Mapping[str, Mapping[str, Any]]
+# What means nothing where something else than the runtime does its work.
+TIMINGS = (
+    "rtfx", "latency_p50_s", "latency_p95_s", "ttft_s", "tokens_per_s", "load_s", "peak_rss_mb", "speedup",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,11 @@ class Row:
 def thresholds(gates: str, precision: str) -> Bounds:
     """The bounds of a precision in one set of gates, ``parity`` or ``export``, from ``thresholds.toml``.
 
+    A variant of a precision, named after a dash, keeps its bounds.
     Raises :class:`GateError` where it has none: an artifact that nothing judges must not pass.
     """
     text = resources.files("parity").joinpath("thresholds.toml").read_text(encoding="utf-8")
-    bounds: Bounds | None = tomllib.loads(text)[gates].get(precision)
+    bounds: Bounds | None = tomllib.loads(text)[gates].get(precision.partition("-")[0])
     if bounds is None:
         raise GateError(f"parity/thresholds.toml has no bounds [{gates}.{precision}]; nothing can pass without them.")
     return bounds
@@ -203,7 +208,7 @@ def compare(
         {} if delta is None else {"delta_wer": 100 * delta}
     )
     missed = [] if target == measure.REFERENCE else misses(judged, bounds)
-    return Row(
+    row = Row(
         target=target,
         precision=precision,
         status="fail" if missed else "pass",
@@ -228,6 +233,11 @@ def compare(
         size_mb=measured["size_mb"],
         speedup=costs(reference, utterances).total_s / speed.total_s,
     )
+    if measured["timed"]:
+        return row
+    reason = "; ".join([*missed, f"timings unavailable: needs {measured['timing_needs']}"])
+    untimed: dict[str, Any] = dict.fromkeys(TIMINGS)
+    return replace(row, reason=reason, **untimed)
 
 
 def misses(figures: Mapping[str, float], bounds: Bounds) -> list[str]:

@@ -44,7 +44,7 @@ def measure(
 
     ``reference`` is the folder of PyTorch's own measurement, whose tokens force the probes; None when this is that one. The
     utterances' mels lie in ``work``. Writes ``decoded.jsonl`` and ``weights-<i>.npz`` below ``folder``; returns costs: load
-    seconds, peak RSS in MB, size in MB, and the kind of decoder.
+    seconds, peak RSS in MB, size in MB, the kind of decoder, and whether its time is that of the runtime.
     """
     mels = np.load(Path(work) / data.MELS, mmap_mode="r")
     options = DecodeOptions(max_new_tokens=max_new_tokens)
@@ -64,7 +64,14 @@ def measure(
     for i in probes:
         _score(runner, np.array(mels[i : i + 1]), forced[i]["tokens"], weights_file(Path(folder), i))
     runner.close()
-    return {"decoder": runner.decoder, "load_s": load_s, "peak_rss_mb": isolate.peak_rss_mb(), "size_mb": size_mb}
+    return {
+        "decoder": runner.decoder,
+        "timed": runner.timed,
+        "timing_needs": runner.timing_needs,
+        "load_s": load_s,
+        "peak_rss_mb": isolate.peak_rss_mb(),
+        "size_mb": size_mb,
+    }
 
 
 def read_decoded(folder: Path) -> list[dict[str, Any]]:

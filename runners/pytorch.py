@@ -9,13 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import EncoderDecoderCache, WhisperForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutput
 
+from asr_core import registry
 from asr_core.checkpoint import Checkpoint
 from asr_core.decode import Logits, Mel
 from asr_core.tokens import TokenIds
 from runners.base import StepRunner
+
+# A neighbour that one of the converters installs: importing it takes seconds and says so in dozens of lines.
+registry.import_alone("transformers.models.whisper.modeling_whisper", without=["torchao"])
+from transformers import EncoderDecoderCache, WhisperForConditionalGeneration  # noqa: E402
+from transformers.modeling_outputs import BaseModelOutput  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 
 @dataclass
@@ -31,6 +36,7 @@ class PyTorchRunner(StepRunner):
 
     def __init__(self, checkpoint: Checkpoint, threads: int) -> None:
         torch.set_num_threads(threads)
+        disable_progress_bar()
         self.dims = checkpoint.dims
         self.tokens = TokenIds.read(checkpoint.path, checkpoint.generation, checkpoint.dims.n_text_ctx)
         self.model = WhisperForConditionalGeneration.from_pretrained(
