@@ -30,12 +30,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 STATEFUL = "-stateful"
-PRECISIONS = ("fp32", "fp16", "int8", "palette6", "palette4", "fp16-stateful", "int8-stateful", "palette4-stateful")
+# Four bits need the finer palettes that only the newer runtimes have: one palette a tensor costs the carried checkpoint five
+# points of word errors.
+PRECISIONS = ("fp32", "fp16", "int8", "palette6", "fp16-stateful", "int8-stateful", "palette4-stateful")
 PALETTE_BITS = {"palette6": 6, "palette4": 4}
 # Rows (columns, where their number doesn't divide) of a weight that share a palette, on runtimes that can do that.
-GROUP = 32
+GROUP = 16
 # Adjacent float16 values that get one palette entry together: a fifth of the time, for an error greater by less than 1e-4 of it.
 NEIGHBOURING = 8
+# Of the convolutions' palettes beside grouped ones: they weigh little, and their error goes into all that follows.
+STEM_BITS = 8
+MATRIX = 2  # axes
 # Smaller tensors (biases, norms) stay as they are: they weigh nothing.
 LEAST_COMPRESSED = 2048
 MOST_ELEMENTS = 2**31 - 1  # of one tensor: Core ML indexes with int32
@@ -91,6 +96,8 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
     for name, describe in (("encoder", _encoder), ("decoder", _stateful_step if stateful else _stateless_step)):
         progress(name)
         traceable = describe(checkpoint)
+        if stateful and weights in PALETTE_BITS:
+            _set_sizes_apart(traceable.module)
         with _clean_conversion(name):
             model = _convert(traceable, weights, stateful=stateful)
             _check_states(model, traceable)
@@ -118,7 +125,7 @@ def problems(checkpoint: Checkpoint, precision: str) -> list[str]:
         found += [
             f"{name} {list(shape)} cannot be grouped by {GROUP}: neither rows nor columns divide"
             for name, shape in expected_shapes(dims).items()
-            if len(shape) > 1 and _group_axis(shape) is None
+            if len(shape) == MATRIX and _group_axis(shape) is None
         ]
     if not precision.startswith("fp32"):
         found += _beyond_half(checkpoint)
@@ -262,7 +269,8 @@ def _logits(decoder: Any, x: torch.Tensor) -> torch.Tensor:
     """The head as a linear layer over the embedding itself: transposed, it would be stored a second time."""
     from torch.nn import functional as F
 
-    return F.linear(decoder.layer_norm(x), decoder.embed_tokens.weight)
+    embedding = decoder.embed_tokens
+    return F.linear(decoder.layer_norm(x), embedding.weight) * getattr(embedding, "sizes", 1)
 
 
 def _decoder(checkpoint: Checkpoint) -> Any:
@@ -285,6 +293,48 @@ def _load(module: Any, prefix: str, checkpoint: Checkpoint, wanted: str = "") ->
     own = {name[len(prefix) :]: checkpoint.weights.read(name).float() for name in names}
     module.load_state_dict(own, strict=False, assign=True)
     return module
+
+
+def _set_sizes_apart(module: torch.nn.Module) -> None:
+    """Replace every loaded matrix by one whose rows all reach 1, and their sizes: one palette then fits many rows.
+
+    A token's embedding and its row in the head stay one matrix. coremltools' own scales will not do: it takes them along the
+    other axis, or multiplies the palettes out, which are then as large as the weights.
+    """
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional as F
+
+    class Linear(nn.Module):
+        def __init__(self, original: nn.Linear) -> None:
+            super().__init__()
+            self.weight, self.sizes = apart(original.weight)
+            self.bias = original.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.linear(x, self.weight) * self.sizes
+            return y if self.bias is None else y + self.bias
+
+    class Embedding(nn.Module):
+        def __init__(self, original: nn.Embedding) -> None:
+            super().__init__()
+            self.weight, self.sizes = apart(original.weight)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return F.embedding(tokens, self.weight) * F.embedding(tokens, self.sizes[:, None])
+
+    def apart(weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+        sizes = weight.abs().amax(1)
+        sizes[sizes == 0] = 1
+        return nn.Parameter(weight / sizes[:, None]), nn.Parameter(sizes)
+
+    with torch.no_grad():
+        for parent in list(module.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear) and not child.weight.is_meta:
+                    setattr(parent, name, Linear(child))
+                elif name == "embed_tokens" and isinstance(child, nn.Embedding) and not child.weight.is_meta:
+                    setattr(parent, name, Embedding(child))
 
 
 # --- conversion
@@ -388,7 +438,7 @@ def _but_positions(model: Any, config: Any) -> Any:
 def _palettes(model: Any, bits: int, *, grouped: bool) -> Any:
     import coremltools.optimize.coreml as cto
 
-    def palette(axis: int | None = None) -> Any:
+    def palette(axis: int | None = None, bits: int = bits) -> Any:
         sharing = {"granularity": "per_tensor"} if axis is None else {
             "granularity": "per_grouped_channel", "group_size": GROUP, "channel_axis": axis
         }  # fmt: skip
@@ -396,11 +446,15 @@ def _palettes(model: Any, bits: int, *, grouped: bool) -> Any:
             mode="custom", lut_function=lambda values: cluster(values, bits), weight_threshold=LEAST_COMPRESSED, **sharing
         )
 
+    def fitting(shape: tuple[int, ...]) -> Any:
+        if len(shape) < MATRIX:
+            return None  # sizes of rows
+        return palette(_group_axis(shape)) if len(shape) == MATRIX else palette(bits=STEM_BITS)
+
     config = cto.OptimizationConfig(global_config=palette())
     if grouped:
         for name, weight in cto.get_weights_metadata(model, weight_threshold=LEAST_COMPRESSED).items():
-            if weight.val.ndim > 1:
-                config.set_op_name(name, palette(_group_axis(weight.val.shape)))
+            config.set_op_name(name, fitting(weight.val.shape))
     return config
 
 

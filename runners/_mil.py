@@ -168,8 +168,7 @@ class Program:
         """Keep the values of those variables that are constants, compressed or not, as tensors."""
         for var in variables:
             if var.op is not None and _is_constant(var.op) and var.name not in self._constants:
-                value = var.val if var.op.op_type == "const" else var.op.materialized_val_inference()
-                self._constants[var.name] = Declared.of(var).hold(np.asarray(value))
+                self._constants[var.name] = Declared.of(var).hold(np.asarray(_constant(var)))
 
     def _plan_release(self) -> None:
         """Find after which step each value is needed no more: kept, an encoder's attention matrices would fill any memory."""
@@ -201,6 +200,17 @@ def _is_state(var: Any) -> bool:
 
 def _is_constant(op: Any) -> bool:
     return str(op.op_type).startswith("const")  # const, constexpr_lut_to_dense, …
+
+
+def _constant(var: Any) -> Any:
+    """The value of a constant, compressed or not; coremltools itself does not see that a palette can be compressed, too."""
+    if var is None or var.val is not None:
+        return None if var is None else var.val
+    nested = [part for part in var.op.inputs.values() if part is not None and part.val is None]
+    if not nested:
+        return var.op.materialized_val_inference()
+    parts = inspect.signature(var.op.decompress).parameters
+    return var.op.decompress(**{name: _constant(var.op.inputs.get(name)) for name in parts})
 
 
 def _read_state(op: Any, place: str) -> Step:
