@@ -271,7 +271,7 @@ def test_what_core_ml_cannot_hold_is_refused_with_all_reasons(mini, tmp_path):
         coreml.export(huge, tmp_path, "palette4-stateful", lambda stage: None)
     reasons = str(refused.value).splitlines()[1:]
     assert len(reasons) > 4
-    for reason in ("fc1.weight reaches 1e+05", "fc2.bias reaches 7e+04", "the encoder's attention", "cannot be grouped by 32",
+    for reason in ("fc1.weight reaches 1e+05", "fc2.bias reaches 7e+04", "the encoder's attention", "cannot be grouped by 16",
                    "embed_tokens.weight [67108865, 60] has more than"):  # fmt: skip
         assert any(reason in line for line in reasons), reason
     assert not coreml.problems(checkpoint, "fp32")
