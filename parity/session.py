@@ -16,6 +16,7 @@ from asr_core.errors import ArtifactError, GateError, UnavailableError
 from asr_core.isolate import Outcome
 from parity import compare, data, measure
 from parity.compare import Normalise, Row
+from parity.resume import Kept
 
 # Probes for the weights axis: enough to meet short, long and noisy clips, few enough to keep their logits on disk.
 PROBES = 12
@@ -42,6 +43,9 @@ class Session:
     progress: Progress = lambda name, stage: None
     reference_costs: dict[str, Any] = field(default_factory=dict)
     reference_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.kept = Kept(self.work)
 
     @property
     def reference(self) -> Path:
@@ -85,7 +89,9 @@ class Session:
         registry.require(opened.manifest.target)
 
     def _measure(self, target: str, path: Path, folder: Path) -> Outcome:
-        folder.mkdir(exist_ok=True)
+        return self.kept.measured(folder, path, lambda: self._measure_anew(target, path, folder))
+
+    def _measure_anew(self, target: str, path: Path, folder: Path) -> Outcome:
         timeout = max(LEAST_TIMEOUT_S, PATIENCE * self.reference_seconds) if self.reference_seconds else None
         return isolate.run(
             "parity.measure:measure",
