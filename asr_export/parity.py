@@ -201,7 +201,7 @@ def _write(document: dict[str, Any], json_file: Path | None, html_file: Path | N
     if json_file:
         report.write_json(json_file, document)
     if html_file:
-        from parity import page
+        from parity import page  # type: ignore[attr-defined,unused-ignore]
 
         page.write_html(html_file, document)
 
@@ -226,6 +226,8 @@ def _print_judgement(judgement: Judgement) -> None:
 
     for regression in judgement.regressions:
         click.echo(f"regression: {regression}")
+    if judgement.busy:
+        click.echo(f"busy machine, speeds are not judged: {judgement.busy}")
     if judgement.not_enough:
         names = ", ".join(f"{name} ({runs} of {LEAST_RUNS} runs)" for name, runs in judgement.not_enough.items())
         click.echo(f"not enough history: {names}")
