@@ -20,7 +20,7 @@ class Runner(CTranslate2Runner):
     """The runner, with logits."""
 
     def score(self, mel: Mel, tokens: list[int]) -> Logits:
-        """Logits [T, vocab] of which those after the prompt are CTranslate2's; it tells none before, so they are NaN.
+        """Logits of the last positions, from the end of the prompt on [T - prompt + 1, vocab]: it tells none before.
 
         Tokens that follow a prompt are taken for the beginning of the transcript, which it generates as it is told.
         """
@@ -34,8 +34,7 @@ class Runner(CTranslate2Runner):
             suppress_blank=False,
             return_logits_vocab=True,
         )[0]
-        told = np.stack([np.array(position) for position in result.logits[0][: len(tokens) - prompt + 1]])
-        return np.concatenate([np.full((prompt - 1, self.dims.vocab), np.nan, np.float32), told])
+        return np.stack([np.array(position) for position in result.logits[0][: len(tokens) - prompt + 1]])
 
 
 def open(path: Path, threads: int) -> Closed:

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from transformers import WhisperFeatureExtractor
+
+from asr_core.audio import SAMPLE_RATE
 from asr_core.checkpoint import Checkpoint
-from runners._stages import STATES, Recorder, Stepped, Values
+from runners._stages import STATES, Array, Recorder, Stepped, Values
 from runners.pytorch import PyTorchRunner, State
 
 
@@ -62,3 +65,14 @@ def open(path: Path, threads: int) -> Stepped:
     """Open a checkpoint folder."""
     recorder = Recorder()
     return Stepped(Runner(Checkpoint.open(path), threads, recorder), recorder)
+
+
+def features(samples: Array, n_mels: int, folder: Path | None = None) -> Array:
+    """transformers' own log-mel of one window, [n_mels, 3000], with the settings of ``folder`` or with Whisper's."""
+    extractor = (
+        WhisperFeatureExtractor(feature_size=n_mels)
+        if folder is None
+        else WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
+    )
+    mel: Array = extractor(samples, sampling_rate=SAMPLE_RATE, return_tensors="np").input_features[0].astype(np.float32)
+    return mel
