@@ -75,7 +75,7 @@ def _divergence(found: Localised) -> str:
     if found.step is None or found.chosen is None:
         return "Its tokens are PyTorch's"
     mine, theirs = found.chosen
-    return f"Its tokens leave PyTorch's at token {found.step + 1}: {mine!r} instead of {theirs!r}; the decoder was replayed to there"
+    return f"Its tokens leave PyTorch's at token {found.step + 1}: {mine!r} instead of {theirs!r}, up to where it was replayed"
 
 
 def _verdict(found: Localised) -> str:

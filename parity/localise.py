@@ -43,6 +43,7 @@ MEL_BOUND = 1e-4
 # Of the largest logit: as much lower a chosen token may be than the best one, since a runtime that decodes by itself need not
 # repeat its last bits when it is asked again.
 TIE = 1e-4
+TINY = 1e-30  # instead of a division by zero
 NAMES = {
     MEL: "mel",
     CLIENT_MEL: "mel (preprocessor_config.json)",
@@ -101,8 +102,10 @@ class Localised:
 
 @dataclass(frozen=True)
 class Replay:
-    """What an artifact did with a clip: features [n_mels, 3000], its own transcript's tokens, the tokens that were then fed
-    (prompt included), what the stages showed, and what its runtime does not show.
+    """What an artifact did with a clip.
+
+    ``mel`` [n_mels, 3000], its own transcript's ``tokens``, those that were then ``fed`` (prompt included), the ``values`` that
+    the stages showed, and ``hidden``, a sentence on those that its runtime does not show.
     """
 
     mel: Array
@@ -160,7 +163,7 @@ def localise(
     chosen = None
     if step is not None:
         tokenizer = load_tokenizer(checkpoint.path)
-        mine, theirs = (tokenizer.id_to_token(([*tokens, ids.end])[step]) for tokens in (made.tokens, wanted))
+        mine, theirs = (str(tokenizer.id_to_token([*tokens, ids.end][step])) for tokens in (made.tokens, wanted))
         chosen = (mine, theirs)
     return Localised(artifact.name, clip.name, [*stages, choice], step, chosen, remarks)
 
@@ -225,12 +228,12 @@ def own_error(shown: Array, expected: Expected) -> float:
     typical = float(np.sqrt(np.mean(sizes**2)))
     if not np.isfinite(far).all():
         return float("inf")
-    return float((far / np.maximum(np.maximum(sizes, typical), np.finfo(np.float32).tiny)).max())
+    return float((far / np.maximum(sizes, max(typical, TINY))).max())
 
 
 def _distance(made: Array, wanted: Array) -> float:
     """Relative L2 distance; what is not a number is infinitely far away."""
-    distance = float(np.linalg.norm(made - wanted) / max(float(np.linalg.norm(wanted)), np.finfo(np.float32).tiny))
+    distance = float(np.linalg.norm(made - wanted)) / max(float(np.linalg.norm(wanted)), TINY)
     return distance if np.isfinite(distance) else float("inf")
 
 
@@ -270,7 +273,8 @@ def _choice(artifact: Artifact, ids: TokenIds, made: Replay, prompt: int) -> tup
     if LOGITS in made.values:
         logits = made.values[LOGITS]
         actual = [*made.tokens, ids.end][: len(made.fed) - prompt + 1]
-        bad = sum(not _best(row, t, token, ids) for t, (row, token) in enumerate(zip(logits[-len(actual) :], actual, strict=True)))
+        rows = zip(logits[-len(actual) :], actual, strict=True)
+        bad = sum(not _best(row, position, token, ids) for position, (row, token) in enumerate(rows))
         shares.append(bad / len(actual))
         if bad:
             remarks.append(f"{bad} of {len(actual)} tokens are not those that the checkpoint's rules choose from these logits")

@@ -18,14 +18,14 @@ def write(file: Path, localised: Localised) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
     stages = [stage for stage in localised.stages if stage.own is not None and stage.error is not None]
     places = range(len(stages))
-    figure, axes = pyplot.subplots(figsize=(max(6, 2 + INCHES_A_STAGE * len(stages)), HEIGHT), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(6, 2 + INCHES_A_STAGE * len(stages)), HEIGHT), layout="constrained")
     axes.plot(places, [_clip(s.error) for s in stages], "o-", color="0.6", label="error of what leaves the stage")
     axes.plot(places, [_clip(s.own) for s in stages], "s", color="tab:blue", label="error of the stage alone")
-    axes.step(places, [_clip(s.bound) for s in stages], where="mid", color="tab:orange", ls="--", label="bound of the stage alone")
+    axes.step(places, [_clip(s.bound) for s in stages], "--", where="mid", color="tab:orange", label="bound of the stage alone")
     guilty = [(place, _clip(s.own)) for place, s in zip(places, stages, strict=True) if s.out]
     if guilty:
         axes.plot(*zip(*guilty, strict=True), "s", color="tab:red", ms=10, label="out of bounds")
@@ -34,9 +34,9 @@ def write(file: Path, localised: Localised) -> None:
     axes.set_xticks(places, [s.title for s in stages], rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axes.grid(axis="y", alpha=0.3)
     axes.set_title(f"{localised.artifact}, {localised.clip}: {verdict(localised.culprit)}", fontsize=10)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 def verdict(culprit: Stage | None) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from asr_core import graph
@@ -55,7 +56,7 @@ class Oracle:
         encoder = self._encoder
         x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel)))).transpose(1, 2) + encoder.embed_positions.weight
         x = walk.at("encoder.stem", x)
-        for i, layer in enumerate(encoder.layers):
+        for i, layer in enumerate(cast("list[graph.EncoderLayer]", list(encoder.layers))):
             h = layer.self_attn_layer_norm(x)
             k, v = layer.self_attn.keys_values(h)
             made = layer.self_attn.output(graph.attend(layer.self_attn.query(h), k, v))
@@ -100,6 +101,6 @@ class _Walk:
         return torch.from_numpy(np.ascontiguousarray(self._shown[stage]))[None]
 
 
-def _feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
+def _feed_forward(layer: graph.EncoderLayer | graph.DecoderLayer, x: Tensor) -> Tensor:
     made: Tensor = layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
     return made

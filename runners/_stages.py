@@ -154,7 +154,8 @@ class Stepped:
         self._recorder.pieces.clear()
         state = self.runner.encode(mel)
         logits: Logits = decode.teacher_forced(self.runner, state, tokens)
-        return self._recorder.values() | self.runner.cross_of(state) | {LOGITS: logits}
+        cross: Values = self.runner.cross_of(state)
+        return self._recorder.values() | cross | {LOGITS: logits}
 
 
 def open_staged(target: str, path: Path, threads: int) -> Staged:

@@ -9,7 +9,19 @@ import ncnn
 import numpy as np
 
 from asr_core.artifact import Artifact
-from runners._stages import ADD, CARRY, STATES, Op, Recorder, Stepped, Values, cross_stage, decoder_stream, encoder_stream, residual_stream
+from runners._stages import (
+    ADD,
+    CARRY,
+    STATES,
+    Op,
+    Recorder,
+    Stepped,
+    Values,
+    cross_stage,
+    decoder_stream,
+    encoder_stream,
+    residual_stream,
+)
 from runners.ncnn import NcnnRunner, Row
 
 KINDS = {"BinaryOp": ADD, "Split": CARRY, "Reshape": CARRY, "Noop": CARRY}

@@ -13,7 +13,19 @@ import onnx
 import onnxruntime as ort
 
 from asr_core.artifact import Artifact
-from runners._stages import ADD, CARRY, STATES, Op, Recorder, Stepped, Values, cross_stage, decoder_stream, encoder_stream, residual_stream
+from runners._stages import (
+    ADD,
+    CARRY,
+    STATES,
+    Op,
+    Recorder,
+    Stepped,
+    Values,
+    cross_stage,
+    decoder_stream,
+    encoder_stream,
+    residual_stream,
+)
 from runners.onnx import PROVIDERS, OnnxRunner, State, session_options
 
 FOLDER = "session.model_external_initializers_file_folder_path"

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from transformers import WhisperFeatureExtractor
 
 from asr_core.audio import SAMPLE_RATE
@@ -68,7 +67,7 @@ def open(path: Path, threads: int) -> Stepped:
 
 
 def features(samples: Array, n_mels: int, folder: Path | None = None) -> Array:
-    """transformers' own log-mel of one window, [n_mels, 3000], with the settings of ``folder`` or with Whisper's."""
+    """One window's log-mel by transformers, [n_mels, 3000], with the settings of ``folder`` or with Whisper's."""
     extractor = (
         WhisperFeatureExtractor(feature_size=n_mels)
         if folder is None
