@@ -61,3 +61,9 @@ class StorageError(AsrExportError):
     """The file system refused (no permission, disk full)."""
 
     exit_code = 9
+
+
+class UndecidedError(AsrExportError):
+    """Nothing fails, but a set of utterances is too small to tell whether an artifact is as good as PyTorch."""
+
+    exit_code = 10

@@ -8,16 +8,23 @@ from typing import TYPE_CHECKING
 
 import click
 
-from asr_core.errors import GateError, UnavailableError
+from asr_core.errors import GateError, UnavailableError, UndecidedError
 from asr_export.cli import handle_errors, stage_progress
 
 if TYPE_CHECKING:
     from asr_core.checkpoint import Checkpoint
     from parity.compare import Row
     from parity.data import Utterance
+    from parity.session import Session
 
 
-@click.command(help=__doc__, epilog="Exit codes: 0 all pass, 1 some fail, 5 none fails but some could not run here.")
+EXIT_CODES = (
+    "Exit codes: 0 all pass, 1 some fail, 10 none fails but the utterances are too few to tell of some, "
+    "5 none of these but some could not run here."
+)
+
+
+@click.command(help=__doc__, epilog=EXIT_CODES)
 @click.option("--artifacts", default="artifacts", show_default=True, type=click.Path(path_type=Path), help="Artifacts' root.")
 @click.option("--model", default="reference", show_default=True, help="Checkpoint folder, hub id, or 'reference' (carried).")
 @click.option("--data", "source", type=click.Path(path_type=Path), help="NeMo manifest or LibriSpeech folder [carried clips].")
@@ -37,17 +44,17 @@ def main(artifacts: Path, model: str, source: Path | None, threads: int, json_fi
     checkpoint = Checkpoint.open(model)
     utterances = data.read(source or reference.manifest_path())
     folders = discover(artifacts, checkpoint.name)
-    rows, prepared = measure_all(checkpoint, utterances, folders, threads)
+    rows, session = measure_all(checkpoint, utterances, folders, threads)
     if json_file:
-        report.write_json(json_file, report.document(checkpoint, prepared, rows, threads))
+        report.write_json(json_file, report.document(checkpoint, session.utterances, rows, threads) | session.context)
     _print(rows)
     raise SystemExit(_exit_code(rows))
 
 
 def measure_all(
     checkpoint: Checkpoint, utterances: list[Utterance], folders: list[Path], threads: int
-) -> tuple[list[Row], list[Utterance]]:
-    """Measure PyTorch and every artifact, with progress on the terminal; returns the rows and the utterances' durations."""
+) -> tuple[list[Row], Session]:
+    """Measure PyTorch and every artifact, with progress on the terminal; returns the rows and the session."""
     from parity.session import Session
 
     with tempfile.TemporaryDirectory(prefix="asr-parity-") as work, stage_progress() as progress:
@@ -64,7 +71,7 @@ def measure_all(
         for folder in folders:
             rows.append(session.judge(folder))
             progress.advance(bar)
-        return rows, session.utterances
+        return rows, session
 
 
 def _print(rows: list[Row]) -> None:
@@ -86,4 +93,6 @@ def _exit_code(rows: list[Row]) -> int:
     statuses = {row.status for row in rows}
     if statuses & {"fail", "crashed", "timeout"}:
         return GateError.exit_code
+    if "undecided" in statuses:
+        return UndecidedError.exit_code
     return UnavailableError.exit_code if "unavailable" in statuses else 0
