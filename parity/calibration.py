@@ -6,6 +6,7 @@ weights and in half precision throughout. What it then does to its own answers, 
 
 from __future__ import annotations
 
+import os
 import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -131,6 +132,8 @@ def measure_noise(
     path: str, work: str, reference: str, probes: list[int], threads: int, progress: isolate.Progress
 ) -> dict[str, Any]:
     """Inside :func:`asr_core.isolate.run`: every variant over the probes, against the reference's own files."""
+    # Before torch is loaded: a second thread that spins on a busy machine costs ten times what it computes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     mels = np.load(Path(work) / data.MELS, mmap_mode="r")
     decoded = measure.read_decoded(Path(reference))
     expected = {index: _kept(Path(reference), index) for index in probes}

@@ -241,33 +241,28 @@ def compare(
 
 @dataclass(frozen=True)
 class Heard:
-    """What was spoken, and what reference and candidate heard: normalised texts and edit counts."""
+    """What was spoken and what the candidate heard, normalised; edit counts in words of both, and the differences of rates."""
 
     spoken: list[str]
     texts: list[str]
     reference: Edits
     candidate: Edits
-    reference_characters: Edits
-    candidate_characters: Edits
+    cer: float | None
+    delta_wer: Interval | None
+    delta_cer: Interval | None
 
 
 def _heard(reference: Path, candidate: Path, utterances: list[Utterance], normalise: Normalise) -> Heard:
     spoken = [normalise(utterance.text) for utterance in utterances]
     expected, heard = texts(reference, normalise), texts(candidate, normalise)
-    return Heard(
-        spoken,
-        heard,
-        word_errors(spoken, expected),
-        word_errors(spoken, heard),
-        character_errors(spoken, expected),
-        character_errors(spoken, heard),
-    )
+    words = word_errors(spoken, expected), word_errors(spoken, heard)
+    characters = character_errors(spoken, expected), character_errors(spoken, heard)
+    deltas = statistics.delta_interval(*words), statistics.delta_interval(*characters)
+    return Heard(spoken, heard, *words, characters[1].rate, *deltas)
 
 
 def _policy(flips: list[dict[str, Any]], heard: Heard) -> dict[str, Any]:
     """The row's figures of the policy axis."""
-    words = statistics.delta_interval(heard.reference, heard.candidate)
-    characters = statistics.delta_interval(heard.reference_characters, heard.candidate_characters)
     breaks = sum(flip["kind"] == BREAK for flip in flips)
     return {
         "token_match": 1 - len(flips) / len(heard.spoken),
@@ -276,11 +271,11 @@ def _policy(flips: list[dict[str, Any]], heard: Heard) -> dict[str, Any]:
         "flips": flips,
         "first_divergence": _first(flips),
         "wer": heard.candidate.rate,
-        "delta_wer": words and words.estimate,
-        "delta_wer_interval": _ends(words),
-        "cer": heard.candidate_characters.rate,
-        "delta_cer": characters and characters.estimate,
-        "delta_cer_interval": _ends(characters),
+        "delta_wer": heard.delta_wer and heard.delta_wer.estimate,
+        "delta_wer_interval": _ends(heard.delta_wer),
+        "cer": heard.cer,
+        "delta_cer": heard.delta_cer and heard.delta_cer.estimate,
+        "delta_cer_interval": _ends(heard.delta_cer),
         **statistics.quality(heard.spoken, heard.texts, heard.reference, heard.candidate),
     }
 
@@ -294,11 +289,10 @@ def judge_texts(matched: int, heard: Heard, bounds: Bounds) -> Verdict:
     if (share := bounds.get("token_match")) is not None:
         verdict = statistics.at_least(matched, len(heard.spoken), share["min"])
         verdicts.append(replace(verdict, reason=verdict.reason and f"token_match {verdict.reason}"))
-    interval = statistics.delta_interval(heard.reference, heard.candidate)
-    if interval is not None and "non_inferiority" in bounds:
+    if heard.delta_wer is not None and "non_inferiority" in bounds:
         margin = bounds["non_inferiority"]["max"] / 100
         accepted = bounds["delta_wer"]["max"] / 100 if "delta_wer" in bounds else None
-        verdict = statistics.non_inferiority(interval, margin, accepted)
+        verdict = statistics.non_inferiority(heard.delta_wer, margin, accepted)
         if verdict.status == "undecided":
             verdict = replace(verdict, needed=statistics.utterances_needed(heard.reference, heard.candidate, margin))
         verdicts.append(verdict)
