@@ -17,7 +17,14 @@ from parity.data import Utterance
 
 SCHEMA = 1
 NOT_MEASURED = "–"
-STATUS_STYLE = {"pass": "green", "fail": "bold red", "unavailable": "yellow", "crashed": "bold red", "timeout": "bold red"}
+STATUS_STYLE = {
+    "pass": "green",
+    "fail": "bold red",
+    "undecided": "yellow",
+    "unavailable": "yellow",
+    "crashed": "bold red",
+    "timeout": "bold red",
+}
 
 
 def document(checkpoint: Checkpoint, utterances: list[Utterance], rows: list[Row], threads: int) -> dict[str, Any]:
