@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,32 +23,48 @@ if TYPE_CHECKING:
 @click.option("--data", "source", type=click.Path(path_type=Path), help="NeMo manifest or LibriSpeech folder [carried clips].")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of every runtime.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report here too.")
+@click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write the report as one page that needs no network.")
+@click.option("--markdown", "markdown_file", type=click.Path(path_type=Path), help="Write a summary for a pull request.")
 @handle_errors
-def main(artifacts: Path, model: str, source: Path | None, threads: int, json_file: Path | None) -> None:
+def main(
+    artifacts: Path,
+    model: str,
+    source: Path | None,
+    threads: int,
+    json_file: Path | None,
+    html_file: Path | None,
+    markdown_file: Path | None,
+) -> None:
     """Run the command."""
     from asr_core import registry
 
     registry.require("pytorch", "export")
     import reference
     from asr_core.checkpoint import Checkpoint
-    from parity import data, report
+    from parity import data, page, report
     from parity.session import discover
 
     checkpoint = Checkpoint.open(model)
     utterances = data.read(source or reference.manifest_path())
     folders = discover(artifacts, checkpoint.name)
-    rows, prepared = measure_all(checkpoint, utterances, folders, threads)
+    rows, prepared, behind = measure_all(checkpoint, utterances, folders, threads)
+    content = report.document(checkpoint, prepared, rows, threads, details=behind)
     if json_file:
-        report.write_json(json_file, report.document(checkpoint, prepared, rows, threads))
+        report.write_json(json_file, content)
+    if html_file:
+        page.write_html(html_file, content)
+    if markdown_file:
+        page.write_markdown(markdown_file, content)
     _print(rows)
     raise SystemExit(_exit_code(rows))
 
 
 def measure_all(
     checkpoint: Checkpoint, utterances: list[Utterance], folders: list[Path], threads: int
-) -> tuple[list[Row], list[Utterance]]:
-    """Measure PyTorch and every artifact, with progress on the terminal; returns the rows and the utterances' durations."""
-    from parity.session import Session
+) -> tuple[list[Row], list[Utterance], dict[str, Any]]:
+    """Measure PyTorch and every artifact, with progress on the terminal; returns rows, utterances with durations, details."""
+    from parity import details
+    from parity.session import Session, normaliser
 
     with tempfile.TemporaryDirectory(prefix="asr-parity-") as work, stage_progress() as progress:
         bar = progress.add_task("", total=len(folders) + 1, stage="")
@@ -64,7 +80,7 @@ def measure_all(
         for folder in folders:
             rows.append(session.judge(folder))
             progress.advance(bar)
-        return rows, session.utterances
+        return rows, session.utterances, details.read(session.work, rows, session.utterances, normaliser(checkpoint))
 
 
 def _print(rows: list[Row]) -> None:
