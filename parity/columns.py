@@ -63,8 +63,18 @@ class Group:
 
 
 def name(row: Row) -> str:
-    """What a row is called everywhere: target and precision."""
-    return f"{row['target']}-{row['precision']}"
+    """What a row is called everywhere: target and precision, or the label that tells it from another host's."""
+    return str(row.get("label") or f"{row['target']}-{row['precision']}")
+
+
+def labelled(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with a label on every row of a host but the first, where it was merged from several (``hosts``)."""
+    hosts = {host: chr(ord("A") + i) for i, host in enumerate(document.get("hosts", {}))}
+    rows = [
+        row if hosts.get(row.get("host"), "A") == "A" else {**row, "label": f"{name(row)} ({hosts[row['host']]})"}
+        for row in document["rows"]
+    ]
+    return {**document, "rows": rows}
 
 
 def number(value: Any) -> float | None:
@@ -80,15 +90,24 @@ def counted(rows: Iterable[Row]) -> dict[str, int]:
 
 def _plain(row: Row, column: Column) -> str | None:
     value = number(row.get(column.key))
+    if value == 0 and column.form.endswith("e"):
+        return "0"
     return None if value is None else f"{value * column.scale:{column.form}}"
 
 
 def _with_interval(row: Row, column: Column) -> str | None:
     text = _plain(row, column)
-    low, high = (number(row.get(f"{column.key}_{end}")) for end in ("low", "high"))
-    if text is None or low is None or high is None:
+    ends = interval(row, column.key)
+    if text is None or ends is None:
         return text
+    low, high = ends
     return f"{text} [{low * column.scale:{column.form}}, {high * column.scale:{column.form}}]"
+
+
+def interval(row: Row, key: str) -> tuple[float, float] | None:
+    """The interval of a figure, which a row keeps as ``<key>_interval`` or as ``<key>_low`` and ``<key>_high``."""
+    low, high = row.get(f"{key}_interval") or (row.get(f"{key}_low"), row.get(f"{key}_high"))
+    return None if low is None or high is None else (float(low), float(high))
 
 
 def _divergence(row: Row, column: Column) -> str | None:
@@ -111,6 +130,7 @@ GROUPS = (
             Column("logits_max_abs", "logits max", "abs", ".1e", "Largest absolute error of a logit."),
             Column("logits_kl_mean", "mean KL", "nats", ".1e", "KL divergence from PyTorch's next-token distribution."),
             Column("logits_kl_max", "worst KL", "nats", ".1e", "The same at the worst position."),
+            Column("top1_breaks", "top-1 breaks", "", ".0f", "Positions where the best token differs and PyTorch is decided."),
             Column("top1_agreement", "top-1", "%", ".1f", "Share of positions whose best token is PyTorch's.", 100),
         ),
     ),

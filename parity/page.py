@@ -6,7 +6,7 @@ import base64
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -66,6 +66,7 @@ def html(document: Document) -> str:
 
     from parity import plots
 
+    document = columns.labelled(document)
     script = _template_text("report.js")
     drawn = (plots.trade_off, plots.error_by_stage, plots.logits_kl, plots.kl_by_position, plots.latency)
     return (
@@ -86,6 +87,7 @@ def html(document: Document) -> str:
 
 def markdown(document: Document) -> str:
     """Verdicts, the three groups of figures, and the worst utterances; a transcript's own marks are escaped."""
+    document = columns.labelled(document)
     environment = _environment()
     environment.finalize = _markdown_text
     return environment.get_template("report.md.j2").render(**_context(document), shown=SHOWN_IN_MARKDOWN)
@@ -104,7 +106,8 @@ def _context(document: Document) -> dict[str, Any]:
         "counts": columns.counted(artifacts),
         "reference": reference,
         "tables": [_table(group, rows) for group in columns.GROUPS],
-        "heard": heard,
+        "heard": [utterance for utterance in heard if not utterance.flawless],
+        "flawless": sum(utterance.flawless for utterance in heard),
         "differing": sum(utterance.apart > 0 for utterance in heard),
         "icons": ICONS,
         "name": columns.name,
@@ -126,15 +129,24 @@ def _severity(status: str) -> int:
     return columns.STATUSES.index(status) if status in columns.STATUSES else len(columns.STATUSES)
 
 
-def _bounds(document: Document) -> list[tuple[str, str, str, str]]:
-    """Precision, figure, bound and reason of everything that was judged."""
-    return [
-        (precision, figure, f"{BOUND_SIGNS[side]} {bound[side]:g}", bound.get("reason", ""))
-        for precision, bounds in document["thresholds"].items()
-        for figure, bound in bounds.items()
-        for side in BOUND_SIGNS
-        if side in bound
-    ]
+def _bounds(document: Document) -> Iterator[tuple[str, str, str, str]]:
+    """Precision, figure, bound and reason of everything that was judged; what calibration derived goes before what was typed."""
+    derived = (document.get("calibration") or {}).get("bounds", {})
+    for precision, typed in document.get("thresholds", {}).items():
+        for figure, bound in {**typed, **derived.get(precision.partition("-")[0], {})}.items():
+            for side, sign in BOUND_SIGNS.items():
+                if side in bound:
+                    yield precision, figure, f"{sign} {float(bound[side]):.3g}", _reason(bound)
+
+
+def _reason(bound: Mapping[str, Any]) -> str:
+    reason = str(bound.get("reason", ""))
+    if "noise" not in bound:
+        return reason
+    return (
+        f"{reason} (derived: {float(bound['factor']):g} × PyTorch's noise of {float(bound['noise']):.2g}"
+        f", which counts as {float(bound['floor']):.2g} at least)"
+    )
 
 
 def _environment() -> Environment:
@@ -150,10 +162,10 @@ def _environment() -> Environment:
 
 
 def _markdown_text(value: Any) -> Any:
-    """Text that Markdown shows as it stands: its marks escaped, on one line. (HTML's are Jinja's to escape.)"""
+    """Text that Markdown shows as it stands: its marks escaped, on one line; HTML's are Jinja's to escape."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
-    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", " ".join(value.split()))
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", re.sub(r"\s+", " ", value))
 
 
 def _template_text(name: str) -> str:

@@ -85,7 +85,8 @@ def _plot(title: str, caption: str) -> Callable[[Callable[[Document], Canvas | N
 
 @_plot(
     "Size, speed and word errors",
-    "One mark an artifact. Up and to the left is better above; level with PyTorch (dashed) or below it is better below.",
+    "One mark an artifact, hollow where it doesn't pass; names where nothing is both smaller and faster. "
+    "Above, faster is higher; below, worse is higher, with 95 % intervals where there are any. Dashed: PyTorch.",
 )
 def trade_off(document: Document) -> Canvas | None:
     """Speed-up and ΔWER over size."""
@@ -96,7 +97,7 @@ def trade_off(document: Document) -> Canvas | None:
     speed, errors = canvas.axes
     colours = _colours([row["target"] for row in document["rows"]])
     for row in rows:
-        size, label = number(row["size_mb"]), columns.name(row)
+        size, label = float(row["size_mb"]), columns.name(row)
         colour, marker = colours[row["target"]]
         for axis, key, scale, unit in ((speed, "speedup", 1, "× PyTorch's speed"), (errors, "delta_wer", 100, "points of WER")):
             if _finite(row, key):
@@ -104,9 +105,11 @@ def trade_off(document: Document) -> Canvas | None:
                 tip = f"{label}: {size:.1f} MB, {value:.2f} {unit}, {row['status']}"
                 face = colour if row["status"] == "pass" else "none"
                 axis.plot(size, value, marker, ms=8, mec=colour, mfc=face, mew=1.6, gid=canvas.tip(tip))
-        if all(_finite(row, key) for key in ("delta_wer_low", "delta_wer_high")):
-            errors.vlines(size, 100 * float(row["delta_wer_low"]), 100 * float(row["delta_wer_high"]), colour, lw=1)
+        if (ends := columns.interval(row, "delta_wer")) is not None:
+            errors.vlines(size, 100 * ends[0], 100 * ends[1], colour, lw=1)
     speed.set_xscale("log")
+    speed.margins(x=0.12)
+    _name_the_front(speed, [row for row in rows if _finite(row, "speedup")])
     speed.axhline(1, color=FAINT, lw=1, ls="--")
     errors.axhline(0, color=FAINT, lw=1, ls="--")
     speed.set_ylabel("speed-up, × PyTorch")
@@ -122,22 +125,26 @@ def trade_off(document: Document) -> Canvas | None:
 
 @_plot(
     "Error by stage",
-    "Largest absolute error with PyTorch's tokens forced. The left edge stands for no error at all.",
+    "Largest absolute error with PyTorch's tokens forced. An error of 1e-9 or less stands at 1e-9.",
 )
 def error_by_stage(document: Document) -> Canvas | None:
     """Encoder and logits errors by artifact."""
     stages = (("encoder_max_abs", "encoder states", "o", SERIES[0]), ("logits_max_abs", "logits", "D", SERIES[1]))
-    rows = [row for row in _artifacts(document) if any(_finite(row, key) for key, *_ in stages)]
+    rows = [row for row in _artifacts(document) if any(row.get(key) is not None for key, *_ in stages)]
     if not rows:
         return None
     canvas = _by_artifact(rows)
     (axis,) = canvas.axes
     for y, row in enumerate(rows):
-        drawn = [(max(float(row[key]), TINY), *rest) for key, *rest in stages if _finite(row, key)]
-        axis.hlines(y, min(d[0] for d in drawn), max(d[0] for d in drawn), GRID, lw=2)
-        for value, label, marker, colour in drawn:
-            tip = f"{columns.name(row)}, {label}: {value:.1e}"
-            axis.plot(value, y, marker, ms=7, color=colour, gid=canvas.tip(tip))
+        values = {key: max(float(row[key]), TINY) for key, *_ in stages if _finite(row, key)}
+        if values:
+            axis.hlines(y, min(values.values()), max(values.values()), GRID, lw=2)
+        if any(row.get(key) is not None and key not in values for key, *_ in stages):
+            _not_finite(axis, y)
+        for key, label, marker, colour in stages:
+            if key in values:
+                tip = f"{columns.name(row)}, {label}: {values[key]:.1e}"
+                axis.plot(values[key], y, marker, ms=7, color=colour, gid=canvas.tip(tip))
     axis.set_xscale("log")
     axis.set_xlabel("largest absolute error")
     _legend(canvas, {label: (colour, marker) for _, label, marker, colour in stages})
@@ -146,7 +153,8 @@ def error_by_stage(document: Document) -> Canvas | None:
 
 @_plot(
     "Divergence of the logits",
-    "KL divergence from PyTorch's next-token distribution over the probes' positions: the median, the mean and the worst.",
+    "KL divergence from PyTorch's next-token distribution over the probes' positions: the median, the mean and the worst. "
+    "1e-9 or less stands at 1e-9.",
 )
 def logits_kl(document: Document) -> Canvas | None:
     """Spread of the KL divergence over positions, by artifact."""
@@ -158,6 +166,9 @@ def logits_kl(document: Document) -> Canvas | None:
     (axis,) = canvas.axes
     for y, row in enumerate(rows):
         mean, worst = curves[columns.name(row)]
+        if not np.isfinite(worst).all():
+            _not_finite(axis, y)
+            continue
         values = {"median": np.median(mean), "mean": mean.mean(), "worst": worst.max()}
         drawn = {label: max(float(value), TINY) for label, value in values.items()}
         axis.hlines(y, drawn["median"], drawn["worst"], GRID, lw=2)
@@ -176,10 +187,10 @@ def logits_kl(document: Document) -> Canvas | None:
 )
 def kl_by_position(document: Document) -> Canvas | None:
     """Mean KL divergence by position, one line an artifact."""
-    curves = _curves(document)
-    if not curves:
-        return None
+    curves = {name: curve for name, curve in _curves(document).items() if np.isfinite(curve[1]).all()}
     rows = [row for row in _artifacts(document) if columns.name(row) in curves]
+    if not rows:
+        return None
     canvas = _canvas(1, 3.6)
     (axis,) = canvas.axes
     colours = _colours([row["target"] for row in document["rows"]])
@@ -187,8 +198,8 @@ def kl_by_position(document: Document) -> Canvas | None:
         mean, _ = curves[columns.name(row)]
         colour, marker = colours[row["target"]]
         tip = f"{columns.name(row)}: {mean.min():.1e} to {mean.max():.1e} nats"
-        line = {"ls": _dashes(row["precision"]), "marker": marker, "ms": 3.5, "lw": 1.4, "color": colour}
-        axis.plot(np.maximum(mean, TINY), gid=canvas.tip(tip), **line)
+        dashes = _dashes(row["precision"])
+        axis.plot(np.maximum(mean, TINY), ls=dashes, marker=marker, ms=3.5, lw=1.4, color=colour, gid=canvas.tip(tip))
     axis.set_yscale("log")
     axis.set_xlabel("token (solid: fp32; dashed: fp16; dotted: fewer bits)")
     axis.set_ylabel("KL divergence, nats")
@@ -205,7 +216,7 @@ def kl_by_position(document: Document) -> Canvas | None:
 def latency(document: Document) -> Canvas | None:
     """Distribution of the utterances' times, by artifact."""
     times: dict[str, list[float]] = {}
-    for utterance in document["utterances"]:
+    for utterance in document.get("utterances", []):
         for name, heard in utterance["heard"].items():
             if heard["latency_s"] is not None:
                 times.setdefault(name, []).append(1000 * heard["latency_s"])
@@ -237,14 +248,38 @@ def _box(canvas: Canvas, y: int, name: str, values: np.ndarray[Any, Any]) -> Non
     axis.plot(beyond, np.full(len(beyond), y), "o", ms=2.2, color=FAINT)
 
 
+def _name_the_front(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the names of the artifacts that no other beats in both size and speed."""
+    fastest = 0.0
+    front = []
+    for row in sorted(rows, key=lambda row: (float(row["size_mb"]), -float(row["speedup"]))):
+        if float(row["speedup"]) > fastest:
+            fastest = float(row["speedup"])
+            front.append(row)
+    middle = np.sqrt(np.prod(axis.get_xlim()))
+    for row in front:
+        left = float(row["size_mb"]) < middle
+        axis.annotate(
+            _text(columns.name(row)),
+            (float(row["size_mb"]), float(row["speedup"])),
+            (8 if left else -8, 0),
+            textcoords="offset points",
+            ha="left" if left else "right",
+            va="center",
+        )
+
+
 def _curves(document: Document) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """Mean and maximum KL by position of every row whose curve is finite throughout."""
-    found = {}
-    for name, curve in document["positions"].items():
-        mean, worst = (np.array([float(value) for value in curve[key]]) for key in ("mean", "max"))
-        if np.isfinite(worst).all():
-            found[name] = (mean, worst)
-    return found
+    """Mean and maximum KL by position of every row that has them."""
+    return {
+        name: (np.array(curve["mean"], dtype=float), np.array(curve["max"], dtype=float))
+        for name, curve in document.get("positions", {}).items()
+    }
+
+
+def _not_finite(axis: Axes, y: float) -> None:
+    """Say where an error has no place on the axis: a broken artifact must not look like one without errors."""
+    axis.annotate("not a number", (1, y), xycoords=("axes fraction", "data"), ha="right", va="center")
 
 
 def _artifacts(document: Document) -> list[Mapping[str, Any]]:
@@ -283,11 +318,16 @@ def _by_artifact(rows: Sequence[Mapping[str, Any]]) -> Canvas:
     """Axes with one line an artifact, the first on top."""
     canvas = _canvas(1, 1.1 + ROW * len(rows))
     (axis,) = canvas.axes
-    axis.set_yticks(range(len(rows)), [columns.name(row) for row in rows])
+    axis.set_yticks(range(len(rows)), [_text(columns.name(row)) for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.grid(visible=False, axis="y")
     axis.tick_params(axis="y", length=0)
     return canvas
+
+
+def _text(name: str) -> str:
+    """A name as it stands: matplotlib would read what is between dollar signs as mathematics."""
+    return name.replace("$", r"\$")
 
 
 def _room(axis: Axes, least: float) -> None:
@@ -308,11 +348,13 @@ def _plain_ticks(axis: Axes) -> None:
 def _legend(canvas: Canvas, entries: Mapping[str, tuple[str, str]]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=colour, marker=marker, ls="none", label=label) for label, (colour, marker) in entries.items()]
+    handles = [
+        Line2D([], [], color=colour, marker=marker, ls="none", label=_text(label)) for label, (colour, marker) in entries.items()
+    ]
     canvas.figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, handletextpad=0.1, columnspacing=1)
 
 
-def _style(key: str) -> dict[str, Any]:
+def _style(key: str) -> Any:
     return {
         "svg.fonttype": "none",
         "svg.hashsalt": key,

@@ -37,13 +37,12 @@ def document(
     threads: int,
     *,
     details: Mapping[str, Any] | None = None,
-    calibration: Mapping[str, Any] | None = None,
-    thresholds: Mapping[str, compare.Bounds] | None = None,
+    context: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The whole report as JSON-able data, as ``report.schema.json`` describes it; the page and Markdown are made from it alone.
 
-    ``details`` are the utterances behind the rows (:func:`parity.details.read`), ``calibration`` is PyTorch's own noise, and
-    ``thresholds`` gives the bounds by precision where they aren't those of ``thresholds.toml``.
+    ``details`` are the utterances behind the rows (:func:`parity.details.read`). ``context`` is what a session says beside its
+    rows, such as PyTorch's own noise (``calibration``); it goes before what is said here.
     """
     content = {
         "schema": SCHEMA,
@@ -53,10 +52,11 @@ def document(
         "versions": versions({row.target for row in rows}),
         "policy": policy(checkpoint),
         "data": {"utterances": len(utterances), "audio_s": round(sum(u.duration for u in utterances), 3)},
-        "thresholds": thresholds or _thresholds(rows),
-        "calibration": calibration,
+        "thresholds": _thresholds(rows),
+        "calibration": None,
         "rows": [asdict(row) for row in rows],
-        **(details or {"utterances": [], "disagreement": {"rows": [], "tokens": [], "texts": []}, "positions": {}}),
+        **(details or {}),
+        **(context or {}),
     }
     plain: dict[str, Any] = _jsonable(content)
     return plain

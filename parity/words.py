@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from rapidfuzz.distance import Levenshtein
@@ -42,19 +43,27 @@ class Heard:
     apart: int
     errors: int
 
+    @property
+    def flawless(self) -> bool:
+        """Whether every backend heard what was said."""
+        return self.apart == self.errors == 0
+
 
 def diff(said: str, heard: str) -> list[Run]:
-    """Align two normalised texts word by word with the fewest edits."""
+    """Align two normalised texts word by word with the fewest edits; neighbouring edits are read as one replacement."""
     a, b = said.split(), heard.split()
-    return [
-        Run(op.tag, " ".join(a[op.src_start : op.src_end]), " ".join(b[op.dest_start : op.dest_end]))
-        for op in Levenshtein.opcodes(a, b)
-    ]
+    runs = []
+    for equal, together in groupby(Levenshtein.opcodes(a, b), key=lambda op: op.tag == "equal"):
+        ops = list(together)
+        words = (" ".join(a[ops[0].src_start : ops[-1].src_end]), " ".join(b[ops[0].dest_start : ops[-1].dest_end]))
+        kind = "equal" if equal else "replace" if all(words) else "delete" if words[0] else "insert"
+        runs.append(Run(kind, *words))
+    return runs
 
 
 def worst_first(document: Mapping[str, Any], reference: str) -> list[Heard]:
     """Every utterance, first those that backends hear furthest from ``reference`` (a row), then those with most word errors."""
-    heard = [_heard(utterance, reference) for utterance in document["utterances"] if utterance["heard"]]
+    heard = [_heard(utterance, reference) for utterance in document.get("utterances", []) if utterance["heard"]]
     return sorted(heard, key=lambda utterance: (-utterance.apart, -utterance.errors))
 
 
