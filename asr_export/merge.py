@@ -22,7 +22,7 @@ def merge(reports: tuple[Path, ...], json_file: Path, html_file: Path | None) ->
     merged = merging.merge([(str(file), merging.read(file)) for file in reports])
     report.write_json(json_file, merged)
     if html_file:
-        from parity import page  # type: ignore[attr-defined,unused-ignore]
+        from parity import page
 
         page.write_html(html_file, merged)
     click.echo(f"{json_file}: {len(merged['rows'])} rows of {len(merged['hosts'])} hosts")

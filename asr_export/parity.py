@@ -18,6 +18,7 @@ from click.core import ParameterSource
 from asr_core.errors import REFUSALS, GateError, RegressionError, UnavailableError, UndecidedError, UsageError
 from asr_export.cli import handle_errors, stage_progress
 from asr_export.history import history
+from asr_export.localise import localise
 from asr_export.merge import merge
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from parity.compare import Row
     from parity.data import Utterance
     from parity.regression import Judgement
+    from parity.session import Session
 
 WORK = ".parity"  # below the artifacts' root: where large files are expected, and where `make clean` looks
 EPILOG = (
@@ -39,7 +41,8 @@ EPILOG = (
 @click.option("--data", "source", type=click.Path(path_type=Path), help="NeMo manifest or LibriSpeech folder [carried clips].")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of every runtime.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report here too.")
-@click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write the report here as one page.")
+@click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write the report as one page that needs no network.")
+@click.option("--markdown", "markdown_file", type=click.Path(path_type=Path), help="Write a summary for a pull request.")
 @click.option("--history", "history_file", type=click.Path(path_type=Path), help="Append here, and judge against the past.")
 @click.option("--work", type=click.Path(path_type=Path), help=f"Where unfinished runs wait [{WORK} below the artifacts].")
 @click.option("--fresh", is_flag=True, help="Measure anew what an interrupted run had finished.")
@@ -53,6 +56,7 @@ def main(
     threads: int,
     json_file: Path | None,
     html_file: Path | None,
+    markdown_file: Path | None,
     history_file: Path | None,
     work: Path | None,
     *,
@@ -78,14 +82,18 @@ def main(
     with ExitStack() as stack:
         place = stack.enter_context(_work_folder(work, artifacts, _inputs(checkpoint, utterances, threads), fresh=fresh))
         measured = measure_all(checkpoint, utterances, folders, threads, place)
-    document = provenance.stamp(report.document(checkpoint, measured.utterances, measured.rows, threads), utterances)
-    document["resumed"] = bool(measured.resumed)
+    session = measured.session
+    plain = report.document(
+        checkpoint, session.utterances, measured.rows, threads, details=measured.details, context=session.context
+    )
+    document = provenance.stamp(plain, utterances)
+    document["resumed"] = bool(session.kept.resumed)
     judgement = None
     try:
         if history_file:
             judgement = _record(history_file, document)
     finally:  # hours of measuring must not be lost to a full disk under the history
-        _write(document, json_file, html_file)
+        _write(document, json_file, html_file, markdown_file)
     _print(measured.rows)
     if judgement:
         _print_judgement(judgement)
@@ -93,21 +101,23 @@ def main(
 
 
 main.add_command(history)
+main.add_command(localise)
 main.add_command(merge)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The rows of a run, its utterances with their durations, and the names of what an earlier process had measured."""
+    """The rows of a run, the utterances behind them (:func:`parity.details.read`), and the session that measured them."""
 
     rows: list[Row]
-    utterances: list[Utterance]
-    resumed: list[str]
+    details: dict[str, Any]
+    session: Session
 
 
 def measure_all(checkpoint: Checkpoint, utterances: list[Utterance], folders: list[Path], threads: int, work: Path) -> Measured:
     """Measure PyTorch and every artifact, with progress on the terminal; the files lie in ``work``."""
-    from parity.session import Session
+    from parity import details
+    from parity.session import Session, normaliser
 
     with stage_progress() as progress:
         bar = progress.add_task("", total=len(folders) + 1, stage="")
@@ -125,7 +135,7 @@ def measure_all(checkpoint: Checkpoint, utterances: list[Utterance], folders: li
             progress.advance(bar)
     if session.kept.resumed:
         click.echo(f"Resumed: {', '.join(session.kept.resumed)} measured before (--fresh measures anew).", err=True)
-    return Measured(rows, session.utterances, session.kept.resumed)
+    return Measured(rows, details.read(work, rows, session.utterances, normaliser(checkpoint)), session)
 
 
 def exit_code(statuses: set[str], *, regressed: bool) -> int:
@@ -195,15 +205,15 @@ def _record(file: Path, document: dict[str, Any]) -> Judgement:
     return judgement
 
 
-def _write(document: dict[str, Any], json_file: Path | None, html_file: Path | None) -> None:
-    from parity import report
+def _write(document: dict[str, Any], json_file: Path | None, html_file: Path | None, markdown_file: Path | None) -> None:
+    from parity import page, report
 
     if json_file:
         report.write_json(json_file, document)
     if html_file:
-        from parity import page  # type: ignore[attr-defined,unused-ignore]
-
         page.write_html(html_file, document)
+    if markdown_file:
+        page.write_markdown(markdown_file, document)
 
 
 def _print(rows: list[Row]) -> None:
