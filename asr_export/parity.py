@@ -82,18 +82,18 @@ def main(
     with ExitStack() as stack:
         place = stack.enter_context(_work_folder(work, artifacts, _inputs(checkpoint, utterances, threads), fresh=fresh))
         measured = measure_all(checkpoint, utterances, folders, threads, place)
-    session = measured.session
-    plain = report.document(
-        checkpoint, session.utterances, measured.rows, threads, details=measured.details, context=session.context
-    )
-    document = provenance.stamp(plain, utterances)
-    document["resumed"] = bool(session.kept.resumed)
-    judgement = None
-    try:
-        if history_file:
-            judgement = _record(history_file, document)
-    finally:  # hours of measuring must not be lost to a full disk under the history
-        _write(document, json_file, html_file, markdown_file)
+        session = measured.session
+        plain = report.document(
+            checkpoint, session.utterances, measured.rows, threads, details=measured.details, context=session.context
+        )
+        document = provenance.stamp(plain, utterances)
+        document["resumed"] = bool(session.kept.resumed)
+        judgement = None
+        try:
+            if history_file:
+                judgement = _record(history_file, document)
+        finally:  # hours of measuring must not be lost to a full disk under the history
+            _write(document, json_file, html_file, markdown_file)
     _print(measured.rows)
     if judgement:
         _print_judgement(judgement)

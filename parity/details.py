@@ -85,7 +85,7 @@ def _utterance(
             name: {
                 "text": lines[index]["text"],
                 "normalised": heard[name][index],
-                "errors": compare.word_errors([spoken], [heard[name][index]]).errors,
+                "errors": int(compare.word_errors([spoken], [heard[name][index]]).errors.sum()),
                 "tokens_equal": lines[index]["tokens"] == reference,
                 "latency_s": _latency(lines[index]) if name in timed else None,
                 "sum_logprob": lines[index]["sum_logprob"],
