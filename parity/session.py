@@ -12,10 +12,14 @@ from asr_core import artifact, isolate, registry
 from asr_core.artifact import MANIFEST, Artifact
 from asr_core.build import FAILED, FAILED_REASON, PARTIAL, REPLACED
 from asr_core.checkpoint import Checkpoint
+from asr_core.decode import DecodeOptions
 from asr_core.errors import ArtifactError, GateError, UnavailableError
 from asr_core.isolate import Outcome
-from parity import compare, data, measure
+from asr_core.tokens import TokenIds
+from parity import calibration, compare, data, measure, statistics, weights
+from parity.calibration import Calibration
 from parity.compare import Normalise, Row
+from parity.resume import Kept
 
 # Probes for the weights axis: enough to meet short, long and noisy clips, few enough to keep their logits on disk.
 PROBES = 12
@@ -29,7 +33,9 @@ Progress = Callable[[str, str], None]
 class Session:
     """A checkpoint, its utterances and PyTorch's own answers; ``work`` holds the files.
 
-    ``gates`` names the set of bounds that judges (:func:`parity.compare.thresholds`); ``progress`` is told
+    ``gates`` names the set of bounds that judges (:func:`parity.compare.thresholds`); with ``parity``, the reference's own
+    noise is measured too and bounds are derived from it. ``context`` holds what the report says beside the rows: the decode
+    policy of every free-running figure, how the derived bounds came about, and what the intervals are. ``progress`` is told
     the row's name and its stage.
     """
 
@@ -42,6 +48,11 @@ class Session:
     progress: Progress = lambda name, stage: None
     reference_costs: dict[str, Any] = field(default_factory=dict)
     reference_seconds: float = 0.0
+    calibration: Calibration | None = None
+    context: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.kept = Kept(self.work)
 
     @property
     def reference(self) -> Path:
@@ -58,6 +69,16 @@ class Session:
         if outcome.status != "ok":
             raise GateError(f"PyTorch could not be measured ({outcome.status}): {outcome.reason}")
         self.reference_costs, self.reference_seconds = outcome.result, outcome.seconds
+        if self.gates == "parity":
+            self.calibration = calibration.calibrate(
+                self.checkpoint.path,
+                self.work,
+                self.reference,
+                self._probes(),
+                self.threads,
+                lambda stage: self.progress(measure.REFERENCE, stage),
+            )
+        self.context = self._context()
         return self._row(measure.REFERENCE, "fp32", self.reference, self.reference_costs)
 
     def judge(self, path: Path) -> Row:
@@ -79,13 +100,32 @@ class Session:
             return Row(target, precision, status.get(outcome.status, outcome.status), outcome.reason)
         return self._row(target, precision, folder, outcome.result)
 
+    def bounds(self, precision: str) -> compare.Bounds:
+        """The gates of a precision: the typed ones, and those derived from the reference's noise where that was measured."""
+        derived = self.calibration.bounds(precision) if self.calibration else {}
+        return {**compare.thresholds(self.gates, precision), **derived}
+
+    def _context(self) -> dict[str, Any]:
+        tokens = TokenIds.read(self.checkpoint.path, self.checkpoint.generation, self.checkpoint.dims.n_text_ctx)
+        steps = (margin for row in measure.read_decoded(self.reference) for margin in row["margins"])
+        return {
+            "policy": measure.policy(tokens, DecodeOptions(max_new_tokens=self.max_new_tokens)),
+            "calibration": self.calibration.document(steps) if self.calibration else None,
+            "statistics": statistics.describe(),
+        }
+
+    def _probes(self) -> list[int]:
+        return _spread(len(self.utterances), PROBES)
+
     def _check(self, opened: Artifact) -> None:
         if opened.manifest.fingerprint != self.checkpoint.fingerprint:
             raise ArtifactError(f"{opened.path} was made from other weights than {self.checkpoint.path}. Export again.")
         registry.require(opened.manifest.target)
 
     def _measure(self, target: str, path: Path, folder: Path) -> Outcome:
-        folder.mkdir(exist_ok=True)
+        return self.kept.measured(folder, path, lambda: self._measure_anew(target, path, folder))
+
+    def _measure_anew(self, target: str, path: Path, folder: Path) -> Outcome:
         timeout = max(LEAST_TIMEOUT_S, PATIENCE * self.reference_seconds) if self.reference_seconds else None
         return isolate.run(
             "parity.measure:measure",
@@ -95,7 +135,7 @@ class Session:
                 "work": str(self.work),
                 "folder": str(folder),
                 "reference": None if target == measure.REFERENCE else str(self.reference),
-                "probes": _spread(len(self.utterances), PROBES),
+                "probes": self._probes(),
                 "threads": self.threads,
                 "max_new_tokens": self.max_new_tokens,
             },
@@ -105,6 +145,8 @@ class Session:
         )
 
     def _row(self, target: str, precision: str, folder: Path, measured: dict[str, Any]) -> Row:
+        probes = weights.compare_probes(self.reference, folder)
+        weights.save_positions(probes, folder)
         return compare.compare(
             target=target,
             precision=precision,
@@ -113,24 +155,9 @@ class Session:
             measured=measured,
             utterances=self.utterances,
             normalise=normaliser(self.checkpoint),
-            margins=self._margins(folder),
-            bounds=compare.thresholds(self.gates, precision),
+            probes=probes,
+            bounds=self.bounds(precision),
         )
-
-    def _margins(self, folder: Path) -> dict[str, float]:
-        """PyTorch's top-2 margins at the first differences, by utterance index; measured only where there are any."""
-        positions = compare.divergences(self.reference, folder)
-        if not positions:
-            return {}
-        arguments = {
-            "path": str(self.checkpoint.path),
-            "work": str(self.work),
-            "reference": str(self.reference),
-            "positions": {str(index): position for index, position in positions.items()},
-            "threads": self.threads,
-        }
-        outcome = isolate.run("parity.measure:margins", arguments, threads=self.threads)
-        return isolate.result_or_raise(outcome, "PyTorch's margins")
 
 
 def discover(root: Path, checkpoint: str) -> list[Path]:

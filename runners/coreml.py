@@ -102,8 +102,8 @@ class CoreMLRunner(StepRunner):
         self._cross = [spec.name for spec in inputs if spec.name.startswith("cross_")]
         states = [] if self._past else [name.replace("cross_", "past_", 1) for name in self._cross]
         _check_system(stateful=bool(states))
-        self._encoder = _model(artifact.path / "encoder.mlpackage", [], threads)
-        self._decoder = _model(artifact.path / "decoder.mlpackage", states, threads)
+        self._encoder = self._open(artifact.path / "encoder.mlpackage", [], threads)
+        self._decoder = self._open(artifact.path / "decoder.mlpackage", states, threads)
 
     def encode(self, mel: Mel) -> list[Row]:
         """Run the encoder on every window; the caches start empty."""
@@ -124,6 +124,9 @@ class CoreMLRunner(StepRunner):
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
         return np.concatenate([_float32(self._encode(window[None])["encoder_states"]) for window in mel])
+
+    def _open(self, package: Path, state_names: list[str], threads: int) -> Model:
+        return _model(package, state_names, threads)
 
     def _encode(self, window: Mel) -> Mapping[str, Any]:
         return self._encoder.predict({"mel": np.ascontiguousarray(window)})

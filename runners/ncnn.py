@@ -43,8 +43,8 @@ class NcnnRunner(StepRunner):
         manifest = artifact.manifest
         self.dims = manifest.dims
         self.tokens = manifest.tokens
-        self._encoder = _network(artifact.path, "encoder", threads)
-        self._decoder = _network(artifact.path, "decoder", threads)
+        self._encoder = self._open(artifact.path, "encoder", threads)
+        self._decoder = self._open(artifact.path, "decoder", threads)
         self._embedding = _embedding(artifact.path / "decoder.bin", manifest)
         self._positions = np.load(artifact.path / "positions.npy")
         inputs = [spec.name for spec in manifest.tensors if (spec.graph, spec.role) == ("decoder", "input")]
@@ -69,6 +69,9 @@ class NcnnRunner(StepRunner):
         """The encoder alone."""
         name = "encoder_states"
         return np.stack([np.array(_run(self._encoder, {"mel": _mat(window)}, [name])[name]) for window in mel])
+
+    def _open(self, folder: Path, name: str, threads: int) -> Any:
+        return _network(folder, name, threads)
 
     def _step_row(self, tokens: NDArray[np.int64], row: Row) -> Logits:
         """Logits [T, vocab]."""

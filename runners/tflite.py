@@ -48,7 +48,7 @@ class TFLiteRunner(StepRunner):
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
-        self._interpreter = _interpreter(artifact.path / "model.tflite", threads)
+        self._interpreter = self._open(artifact.path / "model.tflite", threads)
         signature = self._interpreter.get_signature_runner("decode")
         self._inputs = {name: details["index"] for name, details in signature.get_input_details().items()}
         self._outputs = {name: details["index"] for name, details in signature.get_output_details().items()}
@@ -79,6 +79,9 @@ class TFLiteRunner(StepRunner):
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
         return np.concatenate([self._call("encode", {"mel": window[None]})["encoder_states"] for window in mel])
+
+    def _open(self, model: Path, threads: int) -> Interpreter:
+        return _interpreter(model, threads)
 
     def _encode_row(self, window: NDArray[np.float32]) -> Row:
         cross = self._call("encode", {"mel": window[None]})
