@@ -71,8 +71,9 @@ class Session:
                 self.work,
                 self.reference,
                 self._probes(),
-                self.threads,
-                lambda stage: self.progress(measure.REFERENCE, stage),
+                threads=self.threads,
+                timeout=self._timeout(),
+                progress=lambda stage: self.progress(measure.REFERENCE, stage),
             )
         self.context = self._context()
         return self._row(measure.REFERENCE, "fp32", self.reference, self.reference_costs)
@@ -110,6 +111,10 @@ class Session:
             "statistics": statistics.describe(),
         }
 
+    def _timeout(self) -> float | None:
+        """Seconds after which anything but the reference is stuck; none for the reference itself."""
+        return max(LEAST_TIMEOUT_S, PATIENCE * self.reference_seconds) if self.reference_seconds else None
+
     def _probes(self) -> list[int]:
         return _spread(len(self.utterances), PROBES)
 
@@ -120,7 +125,6 @@ class Session:
 
     def _measure(self, target: str, path: Path, folder: Path) -> Outcome:
         folder.mkdir(exist_ok=True)
-        timeout = max(LEAST_TIMEOUT_S, PATIENCE * self.reference_seconds) if self.reference_seconds else None
         return isolate.run(
             "parity.measure:measure",
             {
@@ -135,7 +139,7 @@ class Session:
             },
             progress=lambda stage: self.progress(folder.name, stage),
             threads=self.threads,
-            timeout=timeout,
+            timeout=self._timeout(),
         )
 
     def _row(self, target: str, precision: str, folder: Path, measured: dict[str, Any]) -> Row:
