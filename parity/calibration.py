@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from asr_core import isolate, registry
 from asr_core.decode import Logits
+from asr_core.errors import GateError
 from parity import data, measure, weights
 from runners.base import StepRunner
 
@@ -116,15 +117,26 @@ def recipes() -> dict[str, Any]:
 
 
 def calibrate(
-    path: Path, work: Path, reference: Path, probes: Sequence[int], threads: int, tell: isolate.Progress
+    path: Path,
+    work: Path,
+    reference: Path,
+    probes: Sequence[int],
+    *,
+    threads: int,
+    timeout: float | None = None,
+    progress: isolate.Progress = lambda stage: None,
 ) -> Calibration:
-    """Measure the noise of the checkpoint at ``path`` in a process of its own.
+    """Measure the noise of the checkpoint at ``path`` in a process of its own, within ``timeout`` seconds.
 
-    Raises the child's error, or :class:`~asr_core.errors.ExportError` where it died.
+    Raises the child's error, or :class:`~asr_core.errors.GateError` where it died or hung: nothing could be judged then.
     """
     arguments = {"path": str(path), "work": str(work), "reference": str(reference), "probes": list(probes), "threads": threads}
-    outcome = isolate.run("parity.calibration:measure_noise", arguments, progress=tell, threads=threads)
-    found = isolate.result_or_raise(outcome, "measuring PyTorch's own noise")
+    outcome = isolate.run("parity.calibration:measure_noise", arguments, progress=progress, threads=threads, timeout=timeout)
+    if outcome.error is not None:
+        raise outcome.error
+    if outcome.status != "ok":
+        raise GateError(f"PyTorch's own noise could not be measured ({outcome.status}): {outcome.reason}")
+    found = outcome.result
     return Calibration(tuple(Noise(**one) for one in found["noise"]), tuple(probes), found["logits_scale"])
 
 

@@ -75,8 +75,9 @@ class Session:
                 self.work,
                 self.reference,
                 self._probes(),
-                self.threads,
-                lambda stage: self.progress(measure.REFERENCE, stage),
+                threads=self.threads,
+                timeout=self._timeout(),
+                progress=lambda stage: self.progress(measure.REFERENCE, stage),
             )
         self.context = self._context()
         return self._row(measure.REFERENCE, "fp32", self.reference, self.reference_costs)
@@ -114,6 +115,10 @@ class Session:
             "statistics": statistics.describe(),
         }
 
+    def _timeout(self) -> float | None:
+        """Seconds after which anything but the reference is stuck; none for the reference itself."""
+        return max(LEAST_TIMEOUT_S, PATIENCE * self.reference_seconds) if self.reference_seconds else None
+
     def _probes(self) -> list[int]:
         return _spread(len(self.utterances), PROBES)
 
@@ -126,7 +131,6 @@ class Session:
         return self.kept.measured(folder, path, lambda: self._measure_anew(target, path, folder))
 
     def _measure_anew(self, target: str, path: Path, folder: Path) -> Outcome:
-        timeout = max(LEAST_TIMEOUT_S, PATIENCE * self.reference_seconds) if self.reference_seconds else None
         return isolate.run(
             "parity.measure:measure",
             {
@@ -141,7 +145,7 @@ class Session:
             },
             progress=lambda stage: self.progress(folder.name, stage),
             threads=self.threads,
-            timeout=timeout,
+            timeout=self._timeout(),
         )
 
     def _row(self, target: str, precision: str, folder: Path, measured: dict[str, Any]) -> Row:

@@ -363,7 +363,7 @@ def test_interpreted_time_is_never_reported(exported, tmp_path):
                   "load_s": 1.0, "peak_rss_mb": 1.0, "size_mb": 1.0},
         utterances=[Utterance("a", tmp_path, "five", 2.0)],
         normalise=str.lower,
-        margins={},
+        probes={},
         bounds=compare.thresholds("parity", "fp16-stateful"),
     )  # fmt: skip
     assert (row.status, row.reason) == ("pass", "timings unavailable: needs macOS 13+")
