@@ -40,10 +40,10 @@ def localise(artifact: Path, clip: Path, model: str, language: str, threads: int
     from rich.console import Console
 
     from asr_core.checkpoint import Checkpoint
-    from parity import localise as parity_localise
     from parity import stage_plot
+    from parity.localise import Localiser
 
-    found = parity_localise.localise(artifact, clip, Checkpoint.open(model), threads=threads, language=language)
+    found = Localiser(Checkpoint.open(model), threads).localise(artifact, clip, language=language)
     console = Console()
     console.print(_table(found))
     for sentence in [*found.remarks, _divergence(found), _verdict(found)]:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,46 +126,50 @@ def title(name: str) -> str:
     return f"{part} layer {layer}, {block}"
 
 
-def localise(
-    path: Path,
-    clip: Path,
-    checkpoint: Checkpoint,
-    *,
-    threads: int = 1,
-    language: str = "en",
-    replay: Callable[..., Replay] | None = None,
-) -> Localised:
-    """Replay a clip of at most 30 s through an artifact and through PyTorch.
+class Localiser:
+    """The reference, opened once for any number of artifacts and clips."""
 
-    ``replay`` is :func:`replay_here`, or by default the same in a process of its own, where a runtime that crashes costs
-    nothing else. Raises :class:`UsageError` for an artifact of a model of other sizes, and what opening either of them raises.
-    """
-    from parity.stages import Oracle
-    from runners import _stages_pytorch
+    def __init__(self, checkpoint: Checkpoint, threads: int = 1) -> None:
+        from parity.stages import Oracle
+        from runners import _stages_pytorch
 
-    artifact = Artifact.open(path)
-    remarks = _origin(artifact, checkpoint)
-    reference = _stages_pytorch.open(checkpoint.path, threads)
-    samples = load_audio(clip)
-    mel = _stages_pytorch.features(samples, checkpoint.dims.n_mels)
-    prompt = reference.runner.tokens.prompt(language)
-    wanted = reference.runner.generate(mel[None], DecodeOptions(language=language))[0].tokens
-    made = (replay or replay_apart)(path, clip, prompt, wanted, threads, language)
-    stages = [
-        Stage(MEL, _distance(made.mel, mel), _distance(made.mel, mel), MEL_BOUND),
-        _client_mel(samples, mel, path),
-        *_network_stages(Oracle(checkpoint), reference.replay(mel[None], made.fed), made, artifact),
-    ]
-    ids: TokenIds = reference.runner.tokens
-    choice, differences = _choice(artifact, ids, made, len(prompt))
-    remarks += [*differences, *([made.hidden] if made.hidden else [])]
-    step = divergence(made.tokens, wanted)
-    chosen = None
-    if step is not None:
-        tokenizer = load_tokenizer(checkpoint.path)
-        mine, theirs = (str(tokenizer.id_to_token([*tokens, ids.end][step])) for tokens in (made.tokens, wanted))
-        chosen = (mine, theirs)
-    return Localised(artifact.name, clip.name, [*stages, choice], step, chosen, remarks)
+        self._checkpoint = checkpoint
+        self._threads = threads
+        self._oracle = Oracle(checkpoint)
+        self._reference = _stages_pytorch.open(checkpoint.path, threads)
+        self._tokenizer = load_tokenizer(checkpoint.path)
+
+    def localise(self, path: Path, clip: Path, *, language: str = "en", replay: Callable[..., Replay] | None = None) -> Localised:
+        """Replay a clip of at most 30 s through an artifact and through PyTorch.
+
+        ``replay`` is :func:`replay_here`, or by default the same in a process of its own, where a runtime that crashes costs
+        nothing else. Raises :class:`UsageError` for an artifact of a model of other sizes, and what opening it raises.
+        """
+        from runners import _stages_pytorch
+
+        artifact = Artifact.open(path)
+        remarks = _origin(artifact, self._checkpoint)
+        reference, ids = self._reference, cast("TokenIds", self._reference.runner.tokens)
+        samples = load_audio(clip)
+        mel = _stages_pytorch.features(samples, self._checkpoint.dims.n_mels)
+        prompt = ids.prompt(language)
+        wanted = reference.runner.generate(mel[None], DecodeOptions(language=language))[0].tokens
+        made = (replay or replay_apart)(path, clip, prompt, wanted, self._threads, language)
+        distance = _distance(made.mel, mel)
+        choice, differences = _choice(artifact, ids, made, len(prompt))
+        stages = [
+            Stage(MEL, distance, distance, MEL_BOUND),
+            _client_mel(samples, mel, path),
+            *_network_stages(self._oracle, reference.replay(mel[None], made.fed), made, artifact),
+            choice,
+        ]
+        step = divergence(made.tokens, wanted)
+        chosen = None if step is None else (self._token(made.tokens, step), self._token(wanted, step))
+        return Localised(artifact.name, clip.name, stages, step, chosen, [*remarks, *differences, *filter(None, [made.hidden])])
+
+    def _token(self, tokens: list[int], step: int) -> str:
+        """A token of a transcript, or the end after its last, as it is written."""
+        return str(self._tokenizer.id_to_token([*tokens, self._reference.runner.tokens.end][step]))
 
 
 def divergence(tokens: list[int], wanted: list[int]) -> int | None:

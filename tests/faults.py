@@ -27,6 +27,8 @@ import reference
 from asr_core import artifact, audio, build
 from asr_core.artifact import MANIFEST
 from asr_core.checkpoint import Checkpoint
+from parity import localise as module
+from parity.localise import Localiser, replay_here
 
 TARGETS = ("onnx", "openvino", "tflite", "coreml", "ncnn", "ctranslate2")
 CLIPS = reference.manifest_path().parent
@@ -132,25 +134,21 @@ def planted(name: str, target: str, precision: str, root: Path) -> Path:
 @contextmanager
 def front_end_of(name: str) -> Iterator[None]:
     """Let the artifact's side compute its features as the fault does."""
-    from parity import localise
-
     fault = FAULTS.get(name)
     if fault is None or fault.front_end is None:
         yield
         return
-    original, localise.log_mel = localise.log_mel, fault.front_end
+    original, module.log_mel = module.log_mel, fault.front_end
     try:
         yield
     finally:
-        localise.log_mel = original
+        module.log_mel = original
 
 
-def named_stage(name: str, folder: Path, clip: Path, checkpoint: Checkpoint) -> str | None:
+def named_stage(name: str, folder: Path, clip: Path, localiser: Localiser) -> str | None:
     """The stage that the localiser names for an artifact with a fault; None where it names none."""
-    from parity.localise import localise, replay_here
-
     with front_end_of(name):
-        culprit = localise(folder, clip, checkpoint, replay=replay_here).culprit
+        culprit = localiser.localise(folder, clip, replay=replay_here).culprit
     return culprit.name if culprit else None
 
 
@@ -161,7 +159,7 @@ def named_stage(name: str, folder: Path, clip: Path, checkpoint: Checkpoint) -> 
 @click.option("--root", type=click.Path(path_type=Path), help="Keep the artifacts here, for the next time.")
 def main(runs: int, precision: str, targets: tuple[str, ...], root: Path | None) -> None:
     """Print the planted-fault table: fault × backend → the stage that was named, and in how many runs it was the true one."""
-    checkpoint = Checkpoint.open("reference")
+    localiser = Localiser(Checkpoint.open("reference"))
     clips = [CLIPS / f"{name}.flac" for name in ("sentence-00", "paused-03", "short-05", "sentence-41")]
     wrong = 0
     print(f"| backend ({precision}) | fault | stage named | right |\n|---|---|---|---|", flush=True)
@@ -171,7 +169,7 @@ def main(runs: int, precision: str, targets: tuple[str, ...], root: Path | None)
                 started = time.perf_counter()
                 folder = planted(name, target, precision, root or Path(scratch))
                 expected = FAULTS[name].expected(target) if name in FAULTS else None
-                named = [named_stage(name, folder, clips[run % len(clips)], checkpoint) for run in range(runs)]
+                named = [named_stage(name, folder, clips[run % len(clips)], localiser) for run in range(runs)]
                 right = sum(stage == expected for stage in named)
                 wrong += runs - right
                 stages = ", ".join(sorted({stage or "none" for stage in named}))

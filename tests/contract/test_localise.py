@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from asr_core import artifact
 from asr_core.artifact import MANIFEST
 from asr_export.localise import localise as command
-from parity.localise import BOUNDS, localise, replay_here
+from parity.localise import BOUNDS, Localiser, replay_here
 from tests.faults import CLIPS, FAULTS, HEALTHY, TARGETS, named_stage, planted
 
 CLIP = CLIPS / "sentence-00.flac"
@@ -26,31 +26,36 @@ def root(artifacts, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def localiser(trained) -> Localiser:
+    return Localiser(trained)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_planted_fault_is_named_at_its_stage(target, fault, root, trained):
+def test_a_planted_fault_is_named_at_its_stage(target, fault, root, localiser):
     folder = planted(fault, target, "fp32", root)
-    assert named_stage(fault, folder, CLIP, trained) == FAULTS[fault].expected(target)
+    assert named_stage(fault, folder, CLIP, localiser) == FAULTS[fault].expected(target)
 
 
 @pytest.mark.parametrize("name", [f"{target}-fp32" for target in TARGETS] + [*HALVES, *QUANTISED])
-def test_a_healthy_artifact_gives_no_alarm(name, artifacts, trained):
+def test_a_healthy_artifact_gives_no_alarm(name, artifacts, localiser):
     precision = name.partition("-")[2].removesuffix("-stateful")
     for clip in ("sentence-00", "paused-03", "noise"):
-        found = localise(artifacts / "reference" / name, CLIPS / f"{clip}.flac", trained, replay=replay_here)
+        found = localiser.localise(artifacts / "reference" / name, CLIPS / f"{clip}.flac", replay=replay_here)
         assert found.culprit is None, found
         # No stage comes near its bound, so another machine's kernels will not make it one.
         assert max(s.own or 0 for s in found.stages if s.name not in ("mel", "mel.client")) < 0.7 * BOUNDS[precision]
 
 
 @pytest.mark.parametrize("target", ["onnx", "ctranslate2"])
-def test_eight_bits_do_not_hide_a_fault(target, root, trained):
+def test_eight_bits_do_not_hide_a_fault(target, root, localiser):
     for fault in ("scaled conv weight", "swapped K/V"):
         folder = planted(fault, target, "int8", root)
-        assert named_stage(fault, folder, CLIP, trained) == FAULTS[fault].expected(target)
+        assert named_stage(fault, folder, CLIP, localiser) == FAULTS[fault].expected(target)
 
 
-def test_a_norm_that_is_cut_out_of_the_graph_is_named(artifacts, tmp_path, trained):
+def test_a_norm_that_is_cut_out_of_the_graph_is_named(artifacts, tmp_path, localiser):
     import onnx
 
     folder = shutil.copytree(artifacts / "reference" / "onnx-fp32", tmp_path / "onnx-fp32")
@@ -61,7 +66,7 @@ def test_a_norm_that_is_cut_out_of_the_graph_is_named(artifacts, tmp_path, train
     model.graph.node.remove(norm)
     onnx.save(model, folder / "encoder.onnx")
     reseal(folder)
-    assert named_stage("", folder, CLIP, trained) == "encoder.1.attention"
+    assert named_stage("", folder, CLIP, localiser) == "encoder.1.attention"
 
 
 def reseal(folder: Path) -> None:
@@ -95,12 +100,12 @@ def test_what_a_runtime_does_not_show_is_said(artifacts):
     assert done.output.count("not shown") > 10
 
 
-def test_a_preprocessor_config_that_misleads_clients_is_named(artifacts, tmp_path, trained):
+def test_a_preprocessor_config_that_misleads_clients_is_named(artifacts, tmp_path, localiser):
     folder = shutil.copytree(artifacts / "reference" / "ctranslate2-fp32", tmp_path / "ctranslate2-fp32")
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"feature_size": 128}))
     reseal(folder)
-    assert named_stage("", folder, CLIP, trained) == "mel.client"
+    assert named_stage("", folder, CLIP, localiser) == "mel.client"
 
 
 @pytest.mark.parametrize(
