@@ -110,6 +110,11 @@ def interval(row: Row, key: str) -> tuple[float, float] | None:
     return None if low is None or high is None else (float(low), float(high))
 
 
+def _needed(row: Row, column: Column) -> str | None:
+    decided = row.get(column.key) is None and row.get("token_match") is not None
+    return "–" if decided else _plain(row, column)
+
+
 def _divergence(row: Row, column: Column) -> str | None:
     first = row.get(column.key)
     if first is None:
@@ -146,7 +151,7 @@ GROUPS = (
             Column("delta_wer", "ΔWER", "points", "+.2f", "WER minus PyTorch's, with its 95 % interval.", 100, _with_interval),
             Column("cer", "CER", "%", ".2f", "Character error rate, pooled over the set.", 100),
             Column("delta_cer", "ΔCER", "points", "+.2f", "CER minus PyTorch's, with its 95 % interval.", 100, _with_interval),
-            Column("utterances_needed", "needed", "utt.", ".0f", "Utterances that the ΔWER verdict would need."),
+            Column("utterances_needed", "needed", "utt.", ".0f", "Utterances that a verdict would need.", show=_needed),
             Column("no_worse_share", "no worse", "%", ".1f", "Share of utterances with no more errors than PyTorch's.", 100),
             Column("empty_rate", "empty", "%", ".1f", "Share of spoken utterances with nothing heard.", 100),
             Column("loop_rate", "loops", "%", ".1f", "Share of utterances that repeat themselves.", 100),

@@ -112,6 +112,8 @@ def _context(document: Document) -> dict[str, Any]:
         "icons": ICONS,
         "name": columns.name,
         "bounds": list(_bounds(document)),
+        # Derived bounds stand among the bounds already.
+        "noise": {key: value for key, value in (document.get("calibration") or {}).items() if key != "bounds"} or None,
         "distribution": registry.DISTRIBUTION,
         "not_measured": NOT_MEASURED,
     }

@@ -33,6 +33,7 @@ MARKERS = "osD^vPX*"
 
 WIDTH = 5.0  # inches; 360 SVG units, a telephone's width, so that 10-point text is never drawn smaller than 10 pixels
 ROW = 0.24  # inches a line of text needs
+LABEL_SPACE = 0.1  # of an axis's height, which a name needs for itself
 TINY = 1e-9  # exact agreement has no place on a logarithmic axis: it is drawn here, at the left edge
 REFERENCE = "pytorch"
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -85,7 +86,7 @@ def _plot(title: str, caption: str) -> Callable[[Callable[[Document], Canvas | N
 
 @_plot(
     "Size, speed and word errors",
-    "One mark an artifact, hollow where it doesn't pass; names where nothing is both smaller and faster. "
+    "One mark an artifact, hollow where it doesn't pass; named where nothing is both smaller and faster. "
     "Above, faster is higher; below, worse is higher, with 95 % intervals where there are any. Dashed: PyTorch.",
 )
 def trade_off(document: Document) -> Canvas | None:
@@ -109,7 +110,6 @@ def trade_off(document: Document) -> Canvas | None:
             errors.vlines(size, 100 * ends[0], 100 * ends[1], colour, lw=1)
     speed.set_xscale("log")
     speed.margins(x=0.12)
-    _name_the_front(speed, [row for row in rows if _finite(row, "speedup")])
     speed.axhline(1, color=FAINT, lw=1, ls="--")
     errors.axhline(0, color=FAINT, lw=1, ls="--")
     speed.set_ylabel("speed-up, × PyTorch")
@@ -118,6 +118,7 @@ def trade_off(document: Document) -> Canvas | None:
     _plain_ticks(errors)
     _room(errors, 0.5)
     _room(speed, 0.0)
+    _name_the_front(speed, [row for row in rows if _finite(row, "speedup")])
     drawn = {row["target"] for row in rows}
     _legend(canvas, {target: style for target, style in colours.items() if target in drawn})
     return canvas
@@ -186,31 +187,35 @@ def logits_kl(document: Document) -> Canvas | None:
     "Mean KL divergence over the probes at each token after the prompt. A line that rises betrays a faulty cache.",
 )
 def kl_by_position(document: Document) -> Canvas | None:
-    """Mean KL divergence by position, one line an artifact."""
+    """Mean KL divergence by position, one panel a target and one line an artifact."""
     curves = {name: curve for name, curve in _curves(document).items() if np.isfinite(curve[1]).all()}
     rows = [row for row in _artifacts(document) if columns.name(row) in curves]
     if not rows:
         return None
-    canvas = _canvas(1, 3.6)
-    (axis,) = canvas.axes
-    colours = _colours([row["target"] for row in document["rows"]])
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    lines = -(-len(targets) // 2)
+    canvas = _canvas(lines, 0.9 + 1.5 * lines, columns=min(2, len(targets)), sharex=True, sharey=True)
+    styles = _colours([row["precision"].partition("-")[0] for row in rows])
+    panels = dict(zip(targets, canvas.axes, strict=False))
     for row in rows:
         mean, _ = curves[columns.name(row)]
-        colour, marker = colours[row["target"]]
+        colour, marker = styles[row["precision"].partition("-")[0]]
         tip = f"{columns.name(row)}: {mean.min():.1e} to {mean.max():.1e} nats"
-        dashes = _dashes(row["precision"])
-        axis.plot(np.maximum(mean, TINY), ls=dashes, marker=marker, ms=3.5, lw=1.4, color=colour, gid=canvas.tip(tip))
-    axis.set_yscale("log")
-    axis.set_xlabel("token (solid: fp32; dashed: fp16; dotted: fewer bits)")
-    axis.set_ylabel("KL divergence, nats")
-    drawn = {row["target"] for row in rows}
-    _legend(canvas, {target: style for target, style in colours.items() if target in drawn})
+        panels[row["target"]].plot(np.maximum(mean, TINY), marker=marker, ms=4, lw=1.4, color=colour, gid=canvas.tip(tip))
+    for target, axis in panels.items():
+        axis.set_title(_text(target), loc="left")
+    canvas.axes[0].set_yscale("log")
+    for axis in canvas.axes[len(targets) :]:
+        axis.set_visible(False)
+    canvas.axes[-min(2, len(targets))].set_xlabel("token after the prompt")
+    canvas.figure.supylabel("KL divergence, nats", fontsize=10)
+    _legend(canvas, styles)
     return canvas
 
 
 @_plot(
     "Latency",
-    "Time of an utterance, batch 1: the box holds the middle half, the whiskers 5 to 95 %, dots lie beyond. "
+    "Time of an utterance, batch 1: the box holds the middle half, the whiskers 5 to 95 %, dots are the fastest and the slowest. "
     "Dashed: PyTorch's median.",
 )
 def latency(document: Document) -> Canvas | None:
@@ -244,8 +249,7 @@ def _box(canvas: Canvas, y: int, name: str, values: np.ndarray[Any, Any]) -> Non
     # A hair's breadth at least: equal times are still a box.
     axis.barh(y, max(third - first, 1e-3 * middle), left=first, height=0.55, color=SERIES[0], gid=tip)
     axis.vlines(middle, y - 0.32, y + 0.32, INK, lw=2)
-    beyond = values[(values < low) | (values > high)]
-    axis.plot(beyond, np.full(len(beyond), y), "o", ms=2.2, color=FAINT)
+    axis.plot([values.min(), values.max()], [y, y], "o", ms=2.2, color=FAINT)
 
 
 def _name_the_front(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -257,16 +261,17 @@ def _name_the_front(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             fastest = float(row["speedup"])
             front.append(row)
     middle = np.sqrt(np.prod(axis.get_xlim()))
+    lines: list[float] = []
+    low, high = axis.get_ylim()
     for row in front:
-        left = float(row["size_mb"]) < middle
-        axis.annotate(
-            _text(columns.name(row)),
-            (float(row["size_mb"]), float(row["speedup"])),
-            (8 if left else -8, 0),
-            textcoords="offset points",
-            ha="left" if left else "right",
-            va="center",
-        )
+        size, speed = float(row["size_mb"]), float(row["speedup"])
+        line = (speed - low) / (high - low)
+        if any(abs(line - taken) < LABEL_SPACE for taken in lines):
+            continue  # it would be written over a name; the mark's tooltip has it
+        lines.append(line)
+        offset, side = (8, "left") if size < middle else (-8, "right")
+        name = _text(columns.name(row))
+        axis.annotate(name, (size, speed), (offset, 0), textcoords="offset points", ha=side, va="center")
 
 
 def _curves(document: Document) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
@@ -291,22 +296,18 @@ def _finite(row: Mapping[str, Any], key: str) -> bool:
     return value is not None and bool(np.isfinite(value))
 
 
-def _colours(targets: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of every target; the marker tells them apart where colours can't."""
-    return {target: (SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]) for i, target in enumerate(dict.fromkeys(targets))}
+def _colours(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every name; the marker tells them apart where colours can't."""
+    return {name: (SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(dict.fromkeys(names))}
 
 
-def _dashes(precision: str) -> str:
-    return {"fp32": "-", "fp16": "--"}.get(precision.partition("-")[0], ":")
-
-
-def _canvas(panels: int, height: float, **options: Any) -> Canvas:
+def _canvas(lines: int, height: float, *, columns: int = 1, **options: Any) -> Canvas:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasSVG(figure)
-    axes = figure.subplots(panels, 1, squeeze=False, **options)[:, 0]
+    axes = figure.subplots(lines, columns, squeeze=False, **options).ravel()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_axisbelow(True)
@@ -360,6 +361,8 @@ def _style(key: str) -> Any:
         "svg.hashsalt": key,
         "font.size": 10,
         "legend.fontsize": 10,
+        "axes.titlesize": 10,
+        "axes.titlecolor": INK,
         "axes.labelsize": 10,
         "xtick.labelsize": 10,
         "ytick.labelsize": 10,
