@@ -78,14 +78,14 @@ def main(
     with ExitStack() as stack:
         place = stack.enter_context(_work_folder(work, artifacts, _inputs(checkpoint, utterances, threads), fresh=fresh))
         measured = measure_all(checkpoint, utterances, folders, threads, place)
-    document = provenance.stamp(report.document(checkpoint, measured.utterances, measured.rows, threads), utterances)
-    document["resumed"] = bool(measured.resumed)
-    judgement = None
-    try:
-        if history_file:
-            judgement = _record(history_file, document)
-    finally:  # hours of measuring must not be lost to a full disk under the history
-        _write(document, json_file, html_file)
+        document = provenance.stamp(report.document(checkpoint, measured.utterances, measured.rows, threads), utterances)
+        document["resumed"] = bool(measured.resumed)
+        judgement = None
+        try:
+            if history_file:
+                judgement = _record(history_file, document)
+        finally:  # hours of measuring must not be lost to a full disk under the history
+            _write(document, json_file, html_file)
     _print(measured.rows)
     if judgement:
         _print_judgement(judgement)
