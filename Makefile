@@ -36,7 +36,7 @@ parity: setup  ## compare the artifacts at hand with PyTorch
 nightly: setup  ## export and compare everything anew, append to artifacts/history.sqlite and judge against this machine's past
 	@status=0; \
 	$(BIN)/asr-export --target all --out artifacts || status=$$?; \
-	$(BIN)/asr-parity --artifacts artifacts --fresh --json artifacts/nightly.json --html artifacts/nightly.html \
+	$(BIN)/asr-parity --artifacts artifacts --fresh --suite full --json artifacts/nightly.json --html artifacts/nightly.html \
 		--history artifacts/history.sqlite || { parity=$$?; test $$status -ne 0 || status=$$parity; }; \
 	exit $$status
 

@@ -23,6 +23,7 @@ from asr_export.merge import merge
 
 if TYPE_CHECKING:
     from asr_core.checkpoint import Checkpoint
+    from parity import suite
     from parity.compare import Row
     from parity.data import Utterance
     from parity.regression import Judgement
@@ -40,6 +41,14 @@ EPILOG = (
 @click.option("--model", default="reference", show_default=True, help="Checkpoint folder, hub id, or 'reference' (carried).")
 @click.option("--data", "source", type=click.Path(path_type=Path), help="NeMo manifest or LibriSpeech folder [carried clips].")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of every runtime.")
+@click.option(
+    "--suite",
+    "level",
+    default="quick",
+    show_default=True,
+    type=click.Choice(["quick", "full"]),
+    help="Failure classes that every artifact goes through; full adds lengths, threads, prompts and the ecosystems' clients.",
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report here too.")
 @click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write the report as one page that needs no network.")
 @click.option("--markdown", "markdown_file", type=click.Path(path_type=Path), help="Write a summary for a pull request.")
@@ -54,6 +63,7 @@ def main(
     model: str,
     source: Path | None,
     threads: int,
+    level: suite.Level,
     json_file: Path | None,
     html_file: Path | None,
     markdown_file: Path | None,
@@ -81,7 +91,7 @@ def main(
     folders = discover(artifacts, checkpoint.name)
     with ExitStack() as stack:
         place = stack.enter_context(_work_folder(work, artifacts, _inputs(checkpoint, utterances, threads), fresh=fresh))
-        measured = measure_all(checkpoint, utterances, folders, threads, place)
+        measured = measure_all(checkpoint, utterances, folders, threads, level, place)
         session = measured.session
         plain = report.document(
             checkpoint, session.utterances, measured.rows, threads, details=measured.details, context=session.context
@@ -114,7 +124,9 @@ class Measured:
     session: Session
 
 
-def measure_all(checkpoint: Checkpoint, utterances: list[Utterance], folders: list[Path], threads: int, work: Path) -> Measured:
+def measure_all(
+    checkpoint: Checkpoint, utterances: list[Utterance], folders: list[Path], threads: int, level: suite.Level, work: Path
+) -> Measured:
     """Measure PyTorch and every artifact, with progress on the terminal; the files lie in ``work``."""
     from parity import details
     from parity.session import Session, normaliser
@@ -126,12 +138,15 @@ def measure_all(checkpoint: Checkpoint, utterances: list[Utterance], folders: li
             utterances,
             work,
             threads,
+            level=level,
             progress=lambda name, stage: progress.update(bar, description=name, stage=stage),
         )
         rows = [session.prepare()]
         progress.advance(bar)
         for folder in folders:
             rows.append(session.judge(folder))
+            testimony = session.testimony(rows[-1], folder)
+            rows += [testimony] if testimony else []
             progress.advance(bar)
     if session.kept.resumed:
         click.echo(f"Resumed: {', '.join(session.kept.resumed)} measured before (--fresh measures anew).", err=True)

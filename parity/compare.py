@@ -34,7 +34,7 @@ AXES = {
     "policy": (
         "token_match", "near_ties", "breaks", "flips", "first_divergence", "wer", "delta_wer", "delta_wer_interval", "cer",
         "delta_cer", "delta_cer_interval", "utterances_needed", "no_worse_share", "empty_rate", "loop_rate",
-        "insertion_rate",
+        "insertion_rate", "suite", "texts_equal",
     ),
     "cost": (*TIMINGS, "size_mb"),
 }  # fmt: skip
@@ -52,7 +52,8 @@ class Row:
     SNR decibels (None where the states are PyTorch's to the bit); intervals are [low, high] at 95 %. ``flips`` holds each
     differing utterance's first difference: the utterance, the position, PyTorch's top-2 logit margin there, and whether it
     is a ``near-tie`` or a ``break``; ``first_divergence`` is the earliest of them. ``utterances_needed`` says how
-    large a set like this one would have to be, where it is too small.
+    large a set like this one would have to be, where it is too small. ``suite`` says what went wrong in which failure class
+    (:mod:`parity.suite`), ``texts_equal`` for a production client's row the share of clips that our own runner hears the same.
     """
 
     target: str
@@ -93,6 +94,8 @@ class Row:
     peak_rss_mb: float | None = None
     size_mb: float | None = None
     speedup: float | None = None
+    suite: dict[str, str] | None = None
+    texts_equal: float | None = None
 
 
 def thresholds(gates: str, precision: str) -> Bounds:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from asr_core.decode import DecodeOptions
 from asr_core.errors import ArtifactError, GateError, UnavailableError
 from asr_core.isolate import Outcome
 from asr_core.tokens import TokenIds
-from parity import calibration, compare, data, measure, statistics, weights
+from parity import calibration, compare, data, measure, statistics, suite, weights, witness
 from parity.calibration import Calibration
 from parity.compare import Normalise, Row
 from parity.resume import Kept
@@ -36,7 +36,8 @@ class Session:
     ``gates`` names the set of bounds that judges (:func:`parity.compare.thresholds`); with ``parity``, the reference's own
     noise is measured too and bounds are derived from it. ``context`` holds what the report says beside the rows: the decode
     policy of every free-running figure, how the derived bounds came about, and what the intervals are. ``progress`` is told
-    the row's name and its stage.
+    the row's name and its stage. ``level`` is the extent of the failure-class suite, which belongs to ``parity`` alone; with
+    ``full`` the ecosystems' own clients testify too.
     """
 
     checkpoint: Checkpoint
@@ -45,11 +46,13 @@ class Session:
     threads: int
     max_new_tokens: int | None = None
     gates: str = "parity"
+    level: suite.Level = "quick"
     progress: Progress = lambda name, stage: None
     reference_costs: dict[str, Any] = field(default_factory=dict)
     reference_seconds: float = 0.0
     calibration: Calibration | None = None
     context: dict[str, Any] = field(default_factory=dict)
+    suite_reference: suite.Results = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.kept = Kept(self.work)
@@ -79,6 +82,9 @@ class Session:
                 timeout=self._timeout(),
                 progress=lambda stage: self.progress(measure.REFERENCE, stage),
             )
+            suite.prepare(self.utterances, self.checkpoint.dims.n_mels, self.work)
+            outcome = self._suite(measure.REFERENCE, self.checkpoint.path)
+            self.suite_reference = isolate.result_or_raise(outcome, "PyTorch's failure-class suite")
         self.context = self._context()
         return self._row(measure.REFERENCE, "fp32", self.reference, self.reference_costs)
 
@@ -99,7 +105,34 @@ class Session:
         if outcome.status != "ok":
             status = {"error": "unavailable" if isinstance(outcome.error, UnavailableError) else "crashed"}
             return Row(target, precision, status.get(outcome.status, outcome.status), outcome.reason)
-        return self._row(target, precision, folder, outcome.result)
+        row = self._row(target, precision, folder, outcome.result)
+        return self._through_suite(row, path) if self.gates == "parity" else row
+
+    def testimony(self, row: Row, path: Path) -> Row | None:
+        """The row of the target's production client over a measured artifact; None where it has none, or nobody asked."""
+        if self.level != "full" or row.token_match is None or not witness.has_client(row.target):
+            return None
+        self.progress(f"{row.target}-{row.precision}", "client")
+        folder = self.work / f"{row.target}-{row.precision}"
+        return witness.testify(row.target, row.precision, path, folder, self.utterances, self._probes(), self.threads)
+
+    def _suite(self, target: str, path: Path) -> Outcome:
+        return suite.measure(target, path, self.work, self.level, self.threads, self._timeout())
+
+    def _through_suite(self, row: Row, path: Path) -> Row:
+        """The row with what the failure classes found; whatever they find fails it."""
+        self.progress(f"{row.target}-{row.precision}", "failure classes")
+        outcome = self._suite(row.target, path)
+        if outcome.status != "ok":
+            status = "timeout" if outcome.status == "timeout" else "crashed"
+            return replace(row, status=status, reason=f"in the failure classes: {outcome.reason}")
+        bounds = self.bounds(row.precision)
+        exact = "breaks" in bounds  # only the float precisions owe PyTorch its very tokens
+        wrong = suite.judge(self.suite_reference, outcome.result, bounds["near_tie"]["max"] if exact else None)
+        if not wrong:
+            return replace(row, suite={})
+        named = "; ".join(f"{case}: {what}" for case, what in wrong.items())
+        return replace(row, suite=wrong, status="fail", reason="; ".join(filter(None, [row.reason, named])))
 
     def bounds(self, precision: str) -> compare.Bounds:
         """The gates of a precision: the typed ones, and those derived from the reference's noise where that was measured."""
