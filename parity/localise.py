@@ -31,10 +31,10 @@ CLIENT_MEL = "mel.client"
 # What a stage may err by itself, as a share of what it makes (see own_error), by precision. Beside each, the largest that any
 # stage of a healthy artifact of the carried checkpoint showed on eight clips; stages that were broken on purpose show 0.3 to 60.
 BOUNDS = {
-    "fp32": 1e-4,  # 7e-6; longer sums of larger models round more often, but only with the square root of their length
-    "fp16": 2e-2,  # 7e-3, where activations are halves, too: a stream ten times larger than what a block adds rounds at 2⁻¹¹
+    "fp32": 1e-4,  # 8e-6; longer sums of larger models round more often, but only with the square root of their length
+    "fp16": 2e-2,  # 8e-3, where activations are halves, too: a stream ten times larger than what a block adds rounds at 2⁻¹¹
     "int8": 0.25,  # 0.09; eight bits a tensor or a row leave 1/254 of its largest number, which outliers make 20 times the usual
-    "palette6": 0.25,  # 0.11
+    "palette6": 0.25,  # 0.05; like int8: 64 values for a whole tensor, outliers among them
     "palette4": 0.4,  # 0.21; 16 values for 16 rows that share them
 }
 LOOSEST = max(BOUNDS.values())

@@ -35,7 +35,8 @@ def write(file: Path, localised: Localised) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_title(f"{localised.artifact}, {localised.clip}: {verdict(localised.culprit)}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(file, dpi=150)
+    with mpl.rc_context({"svg.fonttype": "none"}):  # words stay words
+        figure.savefig(file, dpi=150)
     plt.close(figure)
 
 
