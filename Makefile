@@ -27,11 +27,11 @@ setup: .venv/.all  ## make .venv and install every target's converter and runtim
 export-all: setup  ## export the carried checkpoint to every target and precision, then compare each with PyTorch
 	@status=0; \
 	$(BIN)/asr-export --target all --out artifacts || status=$$?; \
-	$(BIN)/asr-parity --artifacts artifacts --json artifacts/parity.json || status=$$?; \
+	$(BIN)/asr-parity --artifacts artifacts --json artifacts/parity.json --html artifacts/parity.html || status=$$?; \
 	exit $$status
 
 parity: setup  ## compare the artifacts at hand with PyTorch
-	$(BIN)/asr-parity --artifacts artifacts --json artifacts/parity.json
+	$(BIN)/asr-parity --artifacts artifacts --json artifacts/parity.json --html artifacts/parity.html
 
 nightly: setup  ## export and compare everything anew, append to artifacts/history.sqlite and judge against this machine's past
 	@status=0; \

@@ -29,7 +29,7 @@ Array = NDArray[np.float32]
 
 CLIENT_MEL = "mel.client"
 # What a stage may err by itself, as a share of what it makes (see own_error), by precision. Beside each, the largest that any
-# stage of a healthy artifact of the carried checkpoint showed on eight clips; stages that were broken on purpose show 0.3 to 60.
+# stage of a healthy artifact of the carried checkpoint showed on one to eight clips; a stage broken on purpose showed 2.1.
 BOUNDS = {
     "fp32": 1e-4,  # 8e-6; longer sums of larger models round more often, but only with the square root of their length
     "fp16": 2e-2,  # 8e-3, where activations are halves, too: a stream ten times larger than what a block adds rounds at 2⁻¹¹
@@ -38,7 +38,7 @@ BOUNDS = {
     "palette4": 0.4,  # 0.21; 16 values for 16 rows that share them
 }
 LOOSEST = max(BOUNDS.values())
-# The front end computes in float32 whatever the artifact holds: 3e-6 apart on clips, 0.1 and more by a shift of 5 ms.
+# The front end computes in float32 whatever the artifact holds: 4e-7 apart on clips.
 MEL_BOUND = 1e-4
 # Of the largest logit: as much lower a chosen token may be than the best one, since a runtime that decodes by itself need not
 # repeat its last bits when it is asked again.
