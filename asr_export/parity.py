@@ -6,6 +6,7 @@ An interrupted run is taken up where it ended by the next one with the same inpu
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -131,6 +132,7 @@ def measure_all(
     from parity import details
     from parity.session import Session, normaliser
 
+    started = time.perf_counter()
     with stage_progress() as progress:
         bar = progress.add_task("", total=len(folders) + 1, stage="")
         session = Session(
@@ -150,7 +152,9 @@ def measure_all(
             progress.advance(bar)
     if session.kept.resumed:
         click.echo(f"Resumed: {', '.join(session.kept.resumed)} measured before (--fresh measures anew).", err=True)
-    return Measured(rows, details.read(work, rows, session.utterances, normaliser(checkpoint)), session)
+    behind = details.read(work, rows, session.utterances, normaliser(checkpoint))
+    session.context["harness"] = {"wall_s": time.perf_counter() - started, "backends_s": session.backends_s}
+    return Measured(rows, behind, session)
 
 
 def exit_code(statuses: set[str], *, regressed: bool) -> int:

@@ -63,11 +63,15 @@ class Noise:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The measured noise, and the reference's largest logit over the probes, which gives the noise of a logit its least."""
+    """The measured noise, and the reference's largest logit over the probes, which gives the noise of a logit its least.
+
+    ``own_s`` is how many seconds it took, without the start of its process.
+    """
 
     noise: tuple[Noise, ...]
     probes: tuple[int, ...]
     logits_scale: float
+    own_s: float = 0.0
 
     def bounds(self, precision: str) -> dict[str, dict[str, Any]]:
         """The bounds that a precision gets from the noise, with how they came about; none for a precision without a recipe.
@@ -137,7 +141,7 @@ def calibrate(
     if outcome.status != "ok":
         raise GateError(f"PyTorch's own noise could not be measured ({outcome.status}): {outcome.reason}")
     found = outcome.result
-    return Calibration(tuple(Noise(**one) for one in found["noise"]), tuple(probes), found["logits_scale"])
+    return Calibration(tuple(Noise(**one) for one in found["noise"]), tuple(probes), found["logits_scale"], outcome.own_s)
 
 
 def measure_noise(

@@ -16,6 +16,7 @@ from asr_core.errors import GateError
 from parity import measure, statistics, weights
 from parity.data import Utterance
 from parity.statistics import Edits, Interval, Verdict
+from parity.suite import first_difference
 from parity.weights import Probe
 
 Normalise = Callable[[str], str]
@@ -141,11 +142,6 @@ def divergences(reference: Path, candidate: Path) -> dict[int, int]:
     """Index of every utterance whose tokens differ → position of the first difference."""
     pairs = zip(measure.read_decoded(reference), measure.read_decoded(candidate), strict=True)
     return {i: first_difference(a["tokens"], b["tokens"]) for i, (a, b) in enumerate(pairs) if a["tokens"] != b["tokens"]}
-
-
-def first_difference(a: list[int], b: list[int]) -> int:
-    """Position of the first token in which two sequences differ."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def prefix_match(reference: Path, diverged: Mapping[int, int]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from asr_core.artifact import Artifact
 from asr_core.audio import WINDOW_SECONDS
 from asr_core.decode import Decoded, DecodeOptions, Logits, Mel
 from asr_core.tokens import TokenIds, load_tokenizer, text_of
-from parity import data
+from parity import data, suite
 from parity.weights import top2_margin, weights_file
 from runners.base import Runner, StepRunner, open_runner
 
@@ -35,6 +36,7 @@ def measure(
     probes: list[int],
     threads: int,
     max_new_tokens: int | None,
+    level: suite.Level | None,
     progress: isolate.Progress,
 ) -> dict[str, Any]:
     """Decode every prepared utterance freely and score the probes under teacher forcing.
@@ -42,7 +44,7 @@ def measure(
     ``reference`` is the folder of PyTorch's own measurement, whose tokens force the probes; None when this is that one: then
     the top-2 margin of every step is kept too. The utterances' mels lie in ``work``. Writes ``decoded.jsonl`` and
     ``weights-<i>.npz`` below ``folder``; returns costs: load seconds, peak RSS in MB, size in MB, the kind of decoder, and
-    whether its time is that of the runtime.
+    whether its time is that of the runtime; and, where ``level`` is given, what came out of the failure classes.
     """
     mels = np.load(Path(work) / data.MELS, mmap_mode="r")
     options = DecodeOptions(max_new_tokens=max_new_tokens)
@@ -63,9 +65,20 @@ def measure(
             print(json.dumps(asdict(decoded) | {"text": text_of(tokenizer, decoded.tokens)} | extra), file=stream)
             progress(f"{i + 1}/{len(mels)}")
     forced = read_decoded(Path(reference or folder))
+    progress("probes")
     for i in probes:
         _score(runner, np.array(mels[i : i + 1]), forced[i]["tokens"], weights_file(Path(folder), i))
+    costs = _costs(runner, load_s, size_mb)
+    if level:
+        progress("failure classes")
+        # One thread where there were several, two where there was one.
+        reopened = partial(open_runner, target, source, 2 if threads == 1 else 1)
+        costs["suite"] = suite.run(runner, Path(work), level, reopened, margins=reference is None)
     runner.close()
+    return costs
+
+
+def _costs(runner: Runner, load_s: float, size_mb: float) -> dict[str, Any]:
     return {
         "decoder": runner.decoder,
         "timed": runner.timed,

@@ -35,7 +35,8 @@ class Session:
 
     ``gates`` names the set of bounds that judges (:func:`parity.compare.thresholds`); with ``parity``, the reference's own
     noise is measured too and bounds are derived from it. ``context`` holds what the report says beside the rows: the decode
-    policy of every free-running figure, how the derived bounds came about, and what the intervals are. ``progress`` is told
+    policy of every free-running figure, how the derived bounds came about, and what the intervals are. ``backends_s`` adds up
+    the seconds that backends took to load and infer, without the start of their processes. ``progress`` is told
     the row's name and its stage. ``level`` is the extent of the failure-class suite, which belongs to ``parity`` alone; with
     ``full`` the ecosystems' own clients testify too.
     """
@@ -52,7 +53,7 @@ class Session:
     reference_seconds: float = 0.0
     calibration: Calibration | None = None
     context: dict[str, Any] = field(default_factory=dict)
-    suite_reference: suite.Results = field(default_factory=dict)
+    backends_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.kept = Kept(self.work)
@@ -66,6 +67,8 @@ class Session:
         """Compute the features and measure PyTorch; returns its row. Raises :class:`GateError` where PyTorch itself fails."""
         self.progress(measure.REFERENCE, "features")
         self.utterances = data.prepare(self.utterances, self.checkpoint.dims.n_mels, self.work)
+        if self.gates == "parity":
+            suite.prepare(self.utterances, self.checkpoint.dims.n_mels, self.work)
         outcome = self._measure(measure.REFERENCE, self.checkpoint.path, self.reference)
         if outcome.error is not None:
             raise outcome.error
@@ -82,9 +85,7 @@ class Session:
                 timeout=self._timeout(),
                 progress=lambda stage: self.progress(measure.REFERENCE, stage),
             )
-            suite.prepare(self.utterances, self.checkpoint.dims.n_mels, self.work)
-            outcome = self._suite(measure.REFERENCE, self.checkpoint.path)
-            self.suite_reference = isolate.result_or_raise(outcome, "PyTorch's failure-class suite")
+            self.backends_s += self.calibration.own_s
         self.context = self._context()
         return self._row(measure.REFERENCE, "fp32", self.reference, self.reference_costs)
 
@@ -106,7 +107,7 @@ class Session:
             status = {"error": "unavailable" if isinstance(outcome.error, UnavailableError) else "crashed"}
             return Row(target, precision, status.get(outcome.status, outcome.status), outcome.reason)
         row = self._row(target, precision, folder, outcome.result)
-        return self._through_suite(row, path) if self.gates == "parity" else row
+        return self._through_suite(row, outcome.result["suite"]) if self.gates == "parity" else row
 
     def testimony(self, row: Row, path: Path) -> Row | None:
         """The row of the target's production client over a measured artifact; None where it has none, or nobody asked."""
@@ -116,19 +117,11 @@ class Session:
         folder = self.work / f"{row.target}-{row.precision}"
         return witness.testify(row.target, row.precision, path, folder, self.utterances, self._probes(), self.threads)
 
-    def _suite(self, target: str, path: Path) -> Outcome:
-        return suite.measure(target, path, self.work, self.level, self.threads, self._timeout())
-
-    def _through_suite(self, row: Row, path: Path) -> Row:
+    def _through_suite(self, row: Row, results: suite.Results) -> Row:
         """The row with what the failure classes found; whatever they find fails it."""
-        self.progress(f"{row.target}-{row.precision}", "failure classes")
-        outcome = self._suite(row.target, path)
-        if outcome.status != "ok":
-            status = "timeout" if outcome.status == "timeout" else "crashed"
-            return replace(row, status=status, reason=f"in the failure classes: {outcome.reason}")
         bounds = self.bounds(row.precision)
         exact = "breaks" in bounds  # only the float precisions owe PyTorch its very tokens
-        wrong = suite.judge(self.suite_reference, outcome.result, bounds["near_tie"]["max"] if exact else None)
+        wrong = suite.judge(self.reference_costs["suite"], results, bounds["near_tie"]["max"] if exact else None)
         if not wrong:
             return replace(row, suite={})
         named = "; ".join(f"{case}: {what}" for case, what in wrong.items())
@@ -164,7 +157,7 @@ class Session:
         return self.kept.measured(folder, path, lambda: self._measure_anew(target, path, folder))
 
     def _measure_anew(self, target: str, path: Path, folder: Path) -> Outcome:
-        return isolate.run(
+        outcome = isolate.run(
             "parity.measure:measure",
             {
                 "target": target,
@@ -175,11 +168,14 @@ class Session:
                 "probes": self._probes(),
                 "threads": self.threads,
                 "max_new_tokens": self.max_new_tokens,
+                "level": self.level if self.gates == "parity" else None,
             },
             progress=lambda stage: self.progress(folder.name, stage),
             threads=self.threads,
             timeout=self._timeout(),
         )
+        self.backends_s += outcome.own_s
+        return outcome
 
     def _row(self, target: str, precision: str, folder: Path, measured: dict[str, Any]) -> Row:
         probes = weights.compare_probes(self.reference, folder)

@@ -1,23 +1,22 @@
 """The failure classes that every backend is put through beside the utterances: where silent bad exports have been found.
 
-One process a backend decodes a handful of windows alone, again, in a batch, with another number of threads and under another
-prompt; PyTorch goes through the same. What came out is judged as a pure function of both results.
+After the utterances, each backend decodes a handful of windows alone, again, in a batch, with another number of threads and
+under another prompt, in the same session; PyTorch goes through the same. What came out is judged as a pure function of both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from asr_core import audio, isolate
+from asr_core import audio
 from asr_core.decode import DecodeOptions, Mel
-from parity.compare import first_difference
 from parity.data import Utterance
-from runners.base import Runner, open_runner
+from runners.base import Runner
 
 Level = Literal["quick", "full"]
 Results = dict[str, Any]
@@ -64,14 +63,14 @@ def _speech(utterances: list[Utterance]) -> NDArray[np.float32]:
     return np.concatenate(pieces)[: audio.WINDOW_SAMPLES]
 
 
-def run(target: str, path: str, work: str, level: Level, threads: int, *, margins: bool) -> Results:
+def run(runner: Runner, work: Path, level: Level, reopened: Callable[[], Runner], *, margins: bool) -> Results:
     """Decode every case of a level with one backend; returns tokens by case.
 
-    ``margins``, for PyTorch, adds its top-2 logit margin at each token of the windows that it hears alone.
+    ``reopened`` opens it once more with another number of threads. ``margins``, for PyTorch, adds its top-2 logit margin at
+    each token of the windows that it hears alone.
     """
-    with np.load(Path(work) / WINDOWS) as stored:
+    with np.load(work / WINDOWS) as stored:
         windows = {name: stored[name] for name in LEVELS[level]}
-    runner = open_runner(target, Path(path), threads)
     alone = {name: _decode(runner, mel[None])[0] for name, mel in windows.items()}
     results: Results = {"alone": alone, "again": _decode(runner, windows[CLIP][None])[0]}
     names = list(windows)[:3]
@@ -80,9 +79,8 @@ def run(target: str, path: str, work: str, level: Level, threads: int, *, margin
     results["prompts"] = {name: _decode(runner, windows[CLIP][None], **prompt)[0] for name, prompt in prompts.items()}
     if margins:
         results["margins"] = {name: _margins(runner, windows[name][None], tokens) for name, tokens in alone.items()}
-    runner.close()
     if level == "full":
-        other = open_runner(target, Path(path), 3 - min(threads, 2))
+        other = reopened()
         results["threads"] = _decode(other, windows[CLIP][None])[0]
         other.close()
     return results
@@ -141,6 +139,11 @@ def judge(reference: Results, candidate: Results, near_tie: float | None) -> dic
     return wrong
 
 
+def first_difference(a: list[int], b: list[int]) -> int:
+    """Position of the first token in which two sequences differ."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def _same(expected: list[int], got: list[int], margins: list[float], near_tie: float) -> bool:
     """Equal, or first different where PyTorch is undecided."""
     at = first_difference(expected, got)
@@ -157,12 +160,3 @@ def _runaways(reference: Mapping[str, list[int]], alone: Mapping[str, list[int]]
         for name, tokens in alone.items()
         if len(tokens) >= MOST_TOKENS > len(reference[name])
     }
-
-
-def measure(target: str, path: Path, work: Path, level: Level, threads: int, timeout: float | None) -> isolate.Outcome:
-    """:func:`run` in a process of its own."""
-    arguments = {
-        "target": target, "path": str(path), "work": str(work), "level": level, "threads": threads,
-        "margins": target == "pytorch",
-    }  # fmt: skip
-    return isolate.run("parity.suite:run", arguments, threads=threads, timeout=timeout)
