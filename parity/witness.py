@@ -46,7 +46,8 @@ def testify(
     differing = [(utterance, mine, theirs) for utterance, mine, theirs in pairs if mine != theirs]
     equal = 1 - len(differing) / len(pairs)
     if not differing:
-        return Row(name, precision, "pass", decoder="client", texts_equal=equal)
+        agreed = f"hears what our runner hears on all of {len(pairs)} clips"
+        return Row(name, precision, "pass", agreed, decoder="client", texts_equal=equal)
     utterance, mine, theirs = differing[0]
     reason = f"differs from our runner on {len(differing)} of {len(pairs)} clips, first {utterance.id}: {theirs!r}, ours {mine!r}"
     return Row(name, precision, "fail", reason, decoder="client", texts_equal=equal)
