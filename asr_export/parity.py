@@ -91,7 +91,7 @@ def main(
     utterances = data.read(source or reference.manifest_path())
     folders = discover(artifacts, checkpoint.name)
     with ExitStack() as stack:
-        place = stack.enter_context(_work_folder(work, artifacts, _inputs(checkpoint, utterances, threads), fresh=fresh))
+        place = stack.enter_context(_work_folder(work, artifacts, _inputs(checkpoint, utterances, threads, level), fresh=fresh))
         measured = measure_all(checkpoint, utterances, folders, threads, level, place)
         session = measured.session
         plain = report.document(
@@ -177,7 +177,7 @@ def _refuse_options(context: click.Context) -> None:
         raise UsageError(f"{named} belongs to a parity run; put the options of {context.invoked_subcommand} after its name.")
 
 
-def _inputs(checkpoint: Checkpoint, utterances: list[Utterance], threads: int) -> dict[str, Any]:
+def _inputs(checkpoint: Checkpoint, utterances: list[Utterance], threads: int, level: suite.Level) -> dict[str, Any]:
     """Everything that the measurements of one run share: an interrupted run is taken up only where all of it is equal."""
     from parity import provenance, report, resume
 
@@ -185,6 +185,7 @@ def _inputs(checkpoint: Checkpoint, utterances: list[Utterance], threads: int) -
         "fingerprint": checkpoint.fingerprint,
         "data": provenance.digest(utterances),
         "threads": threads,
+        "suite": level,
         "host": provenance.identity(report.host()),
         "code": resume.code_version(),
         "versions": provenance.versions(),

@@ -8,7 +8,8 @@ import pytest
 
 from asr_core.artifact import MANIFEST
 from asr_core.isolate import Outcome
-from parity import resume
+from asr_export import parity
+from parity import data, resume
 from parity.resume import DONE, Kept
 
 INPUTS = {"fingerprint": "f", "threads": 1}
@@ -139,6 +140,13 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
             pass
         with resume.work_folder(tmp_path, INPUTS | {"threads": 2}, fresh=False):
             assert folder.exists()
+
+
+def test_a_quick_run_is_not_taken_up_as_a_full_one(trained, clips):
+    utterances = [data.Utterance(clips[0].stem, clips[0], "words")]
+    quick, full = (parity._inputs(trained, utterances, 1, level) for level in ("quick", "full"))
+    assert quick != full
+    assert quick == parity._inputs(trained, utterances, 1, "quick")
 
 
 def test_our_own_code_is_part_of_the_inputs():
