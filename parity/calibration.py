@@ -152,7 +152,7 @@ def measure_noise(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     mels = np.load(Path(work) / data.MELS, mmap_mode="r")
     decoded = measure.read_decoded(Path(reference))
-    languages = data.languages(Path(work))
+    utterances = data.prepared(Path(work))
     expected = {index: _kept(Path(reference), index) for index in probes}
     noise = []
     for variant in variants(threads):
@@ -162,7 +162,7 @@ def measure_noise(
             runner = cast("Any", registry.load("runners", measure.REFERENCE)).open(
                 Path(path), variant.threads or threads, **dict(variant.options)
             )
-            asked = [(runner.tokens.prompt(languages[index]), decoded[index]["tokens"]) for index in probes]
+            asked = [(runner.tokens.prompt(utterances[index].language), decoded[index]["tokens"]) for index in probes]
             answers = _hear(runner, mels, asked, probes, variant.batch)
             figures = weights.figures([weights.probe(expected[index], answer) for index, answer in answers])
             failure = "" if all(np.isfinite(figures[name]) for name in FIGURES) else "this checkpoint overflows in it"

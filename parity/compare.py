@@ -35,7 +35,8 @@ AXES = {
     "policy": (
         "token_match", "near_ties", "breaks", "flips", "first_divergence", "wer", "delta_wer", "delta_wer_interval", "cer",
         "delta_cer", "delta_cer_interval", "utterances_needed", "no_worse_share", "empty_rate", "loop_rate",
-        "insertion_rate", "suite", "texts_equal",
+        "insertion_rate", "suite", "texts_equal", "boundary_p95_s", "boundary_error_s", "word_p95_s", "words_in_place",
+        "language_match",
     ),
     "cost": (*TIMINGS, "size_mb"),
 }  # fmt: skip
@@ -54,7 +55,8 @@ class Row:
     differing utterance's first difference: the utterance, the position, PyTorch's top-2 logit margin there, and whether it
     is a ``near-tie`` or a ``break``; ``first_divergence`` is the earliest of them. ``utterances_needed`` says how
     large a set like this one would have to be, where it is too small. ``suite`` says what went wrong in which failure class
-    (:mod:`parity.suite`), ``texts_equal`` for a production client's row the share of clips that our own runner hears the same.
+    (:mod:`parity.suite`, :mod:`parity.modes`), ``texts_equal`` for a production client's row the share of clips that our own
+    runner hears the same. The last five are those of :class:`parity.modes.Figures`.
     """
 
     target: str
@@ -97,6 +99,11 @@ class Row:
     speedup: float | None = None
     suite: dict[str, str] | None = None
     texts_equal: float | None = None
+    boundary_p95_s: float | None = None
+    boundary_error_s: float | None = None
+    word_p95_s: float | None = None
+    words_in_place: float | None = None
+    language_match: float | None = None
 
 
 def thresholds(gates: str, precision: str) -> Bounds:

@@ -19,7 +19,7 @@ from asr_core.artifact import Artifact
 from asr_core.audio import WINDOW_SECONDS
 from asr_core.decode import Decoded, DecodeOptions, Logits, Mel
 from asr_core.tokens import TokenIds, load_tokenizer, text_of
-from parity import data, suite
+from parity import data, modes, suite
 from parity.weights import top2_margin, weights_file
 from runners.base import Runner, StepRunner, open_runner
 
@@ -44,10 +44,12 @@ def measure(
     ``reference`` is the folder of PyTorch's own measurement, whose tokens force the probes; None when this is that one: then
     the top-2 margin of every step is kept too. The utterances' mels lie in ``work``. Writes ``decoded.jsonl`` and
     ``weights-<i>.npz`` below ``folder``; returns costs: load seconds, peak RSS in MB, size in MB, the kind of decoder, and
-    whether its time is that of the runtime; and, where ``level`` is given, what came out of the failure classes.
+    whether its time is that of the runtime; and, where ``level`` is given, what came out of the failure classes and of
+    :mod:`parity.modes`.
     """
     mels = np.load(Path(work) / data.MELS, mmap_mode="r")
-    policies = [DecodeOptions(language=language, max_new_tokens=max_new_tokens) for language in data.languages(Path(work))]
+    utterances = data.prepared(Path(work))
+    policies = [DecodeOptions(language=one.language, max_new_tokens=max_new_tokens) for one in utterances]
     source = Path(path)
     size_mb = _checkpoint_mb(source) if reference is None else Artifact.open(source).size_mb
     started = time.perf_counter()
@@ -75,6 +77,8 @@ def measure(
         # One thread where there were several, two where there was one.
         reopened = partial(open_runner, target, source, 2 if threads == 1 else 1)
         costs["suite"] = suite.run(runner, Path(work), level, reopened, margins=reference is None)
+        progress("timestamps, beams, words, long form")
+        costs["modes"] = modes.run(runner, source, Path(work), probes, [forced[i]["tokens"] for i in probes], level)
     runner.close()
     return costs
 

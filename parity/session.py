@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from asr_core.checkpoint import Checkpoint
 from asr_core.errors import ArtifactError, GateError, UnavailableError
 from asr_core.isolate import Outcome
 from asr_core.tokens import TokenIds
-from parity import calibration, compare, data, measure, statistics, suite, weights, witness
+from parity import calibration, compare, data, measure, modes, statistics, suite, weights, witness
 from parity.calibration import Calibration
 from parity.compare import Normalise, Row
 from parity.resume import Kept
@@ -68,6 +68,7 @@ class Session:
         self.utterances = data.prepare(self.utterances, self.checkpoint.dims.n_mels, self.work)
         if self.gates == "parity":
             suite.prepare(self.utterances, self.checkpoint.dims.n_mels, self.work)
+            modes.prepare(self.utterances, self.work)
         outcome = self._measure(measure.REFERENCE, self.checkpoint.path, self.reference)
         if outcome.error is not None:
             raise outcome.error
@@ -86,7 +87,8 @@ class Session:
             )
             self.backends_s += self.calibration.own_s
         self.context = self._context()
-        return self._row(measure.REFERENCE, "fp32", self.reference, self.reference_costs)
+        row = self._row(measure.REFERENCE, "fp32", self.reference, self.reference_costs)
+        return self._through_modes(row, self.reference_costs["modes"]) if self.gates == "parity" else row
 
     def judge(self, path: Path) -> Row:
         """Measure one artifact folder and compare it; whatever happens to it becomes its row, never an exception."""
@@ -106,7 +108,9 @@ class Session:
             status = {"error": "unavailable" if isinstance(outcome.error, UnavailableError) else "crashed"}
             return Row(target, precision, status.get(outcome.status, outcome.status), outcome.reason)
         row = self._row(target, precision, folder, outcome.result)
-        return self._through_suite(row, outcome.result["suite"]) if self.gates == "parity" else row
+        if self.gates != "parity":
+            return row
+        return self._through_modes(self._through_suite(row, outcome.result["suite"]), outcome.result["modes"])
 
     def testimony(self, row: Row, path: Path) -> Row | None:
         """The row of the target's production client over a measured artifact; None where it has none, or nobody asked."""
@@ -118,13 +122,23 @@ class Session:
 
     def _through_suite(self, row: Row, results: suite.Results) -> Row:
         """The row with what the failure classes found; whatever they find fails it."""
-        bounds = self.bounds(row.precision)
-        exact = "breaks" in bounds  # only the float precisions owe PyTorch its very tokens
-        wrong = suite.judge(self.reference_costs["suite"], results, bounds["near_tie"]["max"] if exact else None)
-        if not wrong:
-            return replace(row, suite={})
-        named = "; ".join(f"{case}: {what}" for case, what in wrong.items())
-        return replace(row, suite=wrong, status="fail", reason="; ".join(filter(None, [row.reason, named])))
+        wrong = suite.judge(self.reference_costs["suite"], results, self._near_tie(row.precision))
+        return _with_cases(replace(row, suite={}), wrong)
+
+    def _through_modes(self, row: Row, results: modes.Results) -> Row:
+        """The row with the figures of the other modes of transcription; a wrong mode, or a figure out of bounds, fails it."""
+        truth = [self.utterances[i].boundaries for i in self._probes()[: modes.WINDOWS[self.level]]]
+        judged = modes.judge(self.reference_costs["modes"], results, truth, self._near_tie(row.precision))
+        figures = asdict(judged.figures)
+        row = _with_cases(replace(row, **figures), judged.wrong)
+        known = {name: value for name, value in figures.items() if value is not None}
+        missed = [] if row.target == measure.REFERENCE else compare.misses(known, self.bounds(row.precision))
+        return _failed(row, missed) if missed else row
+
+    def _near_tie(self, precision: str) -> float | None:
+        """The margin below which PyTorch is undecided; None for what doesn't owe PyTorch its very tokens."""
+        bounds = self.bounds(precision)
+        return bounds["near_tie"]["max"] if "breaks" in bounds else None
 
     def bounds(self, precision: str) -> compare.Bounds:
         """The gates of a precision: the typed ones, and those derived from the reference's noise where that was measured."""
@@ -191,6 +205,17 @@ class Session:
             probes=probes,
             bounds=self.bounds(precision),
         )
+
+
+def _with_cases(row: Row, wrong: dict[str, str]) -> Row:
+    """The row with more cases of the suite; any of them fails it."""
+    if not wrong:
+        return row
+    return _failed(replace(row, suite=(row.suite or {}) | wrong), [f"{case}: {what}" for case, what in wrong.items()])
+
+
+def _failed(row: Row, reasons: list[str]) -> Row:
+    return replace(row, status="fail", reason="; ".join(filter(None, [row.reason, *reasons])))
 
 
 def discover(root: Path, checkpoint: str) -> list[Path]:
