@@ -314,6 +314,13 @@ def teacher_forced(stepper: Stepper, state: Any, tokens: Sequence[int]) -> Logit
     return np.concatenate([stepper.step(piece, state)[0].copy() for piece in pieces])  # valid until the next step only
 
 
+def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Log-probabilities over the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
 def _no_speech(logits: Logits, ids: TokenIds) -> list[float | None]:
     if ids.no_speech is None:
         return [None] * len(logits)

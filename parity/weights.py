@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from asr_core.decode import log_softmax
+
 Floats = NDArray[np.float64]
 Arrays = Mapping[str, NDArray[np.float32]]
 
@@ -33,13 +35,6 @@ class Probe:
     agreed: NDArray[np.bool_] | None = None
     margin: Floats | None = None
     logits_scale: float = 1.0
-
-
-def log_softmax(logits: NDArray[np.floating]) -> Floats:
-    """Log-probabilities over the last axis, in float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    result: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
 
 
 def weights_file(folder: Path, index: int) -> Path:

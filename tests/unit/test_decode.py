@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.special import logsumexp
+from scipy.special import log_softmax, logsumexp
 from transformers import WhisperForConditionalGeneration
 
 from asr_core import decode
@@ -15,6 +15,12 @@ from asr_core.search import log_total
 from runners import pytorch
 
 STEPS = 30
+
+
+def test_log_softmax_is_scipys():
+    logits = (np.random.default_rng(0).normal(size=(3, 50)) * 30).astype(np.float32)
+    logits[1, ::2] = -np.inf
+    np.testing.assert_allclose(decode.log_softmax(logits), log_softmax(logits.astype(np.float64), axis=-1), atol=1e-12)
 
 
 def test_log_total_is_scipys_logsumexp():
