@@ -1,4 +1,4 @@
-"""From the tokens of a window to segments with times, and which of them are probably not speech.
+"""From the tokens of a window to segments with times.
 
 openai-whisper's ``transcribe.py`` is normative. Times are seconds from the beginning of the file.
 """
@@ -8,16 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from asr_core.align import APPENDED, PREPENDED, Word
+from asr_core.align import Word
 from asr_core.tokens import TIMESTAMP_STEP
 
-PUNCTUATION = PREPENDED + APPENDED
-# openai-whisper's signs of a word that was not said: unlikely, or too short or long for a word, in seconds.
-UNLIKELY = 0.15
-SHORTEST_WORD, SHORT_PENALTY = 0.133, 15
-LONGEST_WORD = 2.0
-JUDGED_WORDS = 8  # of a segment
-NEAR_BORDER = 2.0  # seconds to a window's border that count as silence
+TIMESTAMP_FRAMES = 2  # a timestamp token
 
 
 @dataclass(frozen=True)
@@ -63,12 +57,12 @@ class Cut:
 class Cuts:
     """What a window's tokens fall into.
 
-    ``resume_s`` is where the next window begins, in seconds after this one; None: where this one ends. ``closed`` tells that a
-    lone timestamp ends the tokens: nothing is said after it.
+    ``resume`` is where the next window begins, in frames (10 ms) after this one's beginning; None: where this one ends.
+    ``closed`` tells that a lone timestamp ends the tokens: nothing is said after it.
     """
 
     pieces: list[Cut]
-    resume_s: float | None
+    resume: int | None
     closed: bool
 
 
@@ -93,27 +87,8 @@ def cut(tokens: Sequence[int], timestamp_begin: int) -> Cuts:
         borders.append(len(tokens))
     starts = [0, *borders[:-1]]
     pieces = [Cut(list(tokens[a:b]), seconds(a), seconds(b - 1)) for a, b in zip(starts, borders, strict=True)]
-    return Cuts(pieces, None if closed else pieces[-1].end, closed)
-
-
-def anomalous(segment: Segment | None) -> bool:
-    """Whether a segment's words are mostly too short, too long or unlikely."""
-    if segment is None or not segment.words:
-        return False
-    words = [word for word in segment.words if word.word not in PUNCTUATION][:JUDGED_WORDS]
-    score = sum(map(_strangeness, words))
-    return score >= 3 or score + 0.01 >= len(words)
-
-
-def _strangeness(word: Word) -> float:
-    duration = word.end - word.start
-    short = (SHORTEST_WORD - duration) * SHORT_PENALTY if duration < SHORTEST_WORD else 0.0
-    return float(word.probability < UNLIKELY) + short + max(0.0, duration - LONGEST_WORD)
-
-
-def first_with_words(segments: Sequence[Segment]) -> Segment | None:
-    """The first segment that has words."""
-    return next((segment for segment in segments if segment.words), None)
+    resume = (tokens[borders[-1] - 1] - timestamp_begin) * TIMESTAMP_FRAMES
+    return Cuts(pieces, None if closed else resume, closed)
 
 
 def last_word_end(segments: Sequence[Segment]) -> float | None:
