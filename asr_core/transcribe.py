@@ -284,15 +284,14 @@ class _Run:
             lane.seek += window.size
             return
         cuts = cut(answer.tokens, self.model.tokens.timestamp_begin)
-        segments: list[Segment] | None = self._segments(window, answer, cuts)
+        segments = self._segments(window, answer, cuts)
         lane.seek += window.size if cuts.resume is None else cuts.resume
-        if self.options.word_timestamps:
-            segments = self._with_words(lane, window, cuts, segments)
+        kept = self._with_words(lane, window, cuts, segments) if self.options.word_timestamps else segments
         if lane.seek <= window.seek:  # openai-whisper's rules never stand still; a runtime that decodes by its own might
             lane.seek = window.seek + window.size
-        if segments is None:
+        if kept is None:
             return
-        segments = [segment if segment.voiced else segment.cleared() for segment in segments]
+        segments = [segment if segment.voiced else segment.cleared() for segment in kept]
         lane.segments += segments
         lane.past.add([token for segment in segments for token in segment.tokens], answer.temperature)
 
@@ -343,9 +342,7 @@ class _Run:
         lane.past.last_speech = lane.past.last_speech if end is None else end
         return segments
 
-    def _without_hallucinations(
-        self, lane: _Lane, window: _Window, cuts: Cuts, segments: list[Segment]
-    ) -> list[Segment] | None:
+    def _without_hallucinations(self, lane: _Lane, window: _Window, cuts: Cuts, segments: list[Segment]) -> list[Segment] | None:
         around = hallucination.Surroundings(
             start=window.start, content_end=window.start + window.seconds, end=window.end,
             file_end=self.recording.frames * HOP / SAMPLE_RATE, last_speech=lane.past.last_speech,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ class VoiceDetector:
 
 
 def speech(probabilities: NDArray[np.float32], samples: int) -> list[tuple[int, int]]:
-    """silero's rule: stretches of speech, in samples, from the probability of each 32 ms.
+    """Stretches of speech by silero's rule, in samples, from the probability of each 32 ms.
 
     Speech begins above one probability and ends where a silence below another lasts; what would not fit a window is cut at its
     last pause, or else where the window is full. Stretches are padded, at most to the middle of the silence between two.
@@ -88,35 +89,57 @@ def speech(probabilities: NDArray[np.float32], samples: int) -> list[tuple[int, 
 
 
 def _stretches(probabilities: Sequence[float], samples: int) -> Iterator[tuple[int, int]]:
-    start: int | None = None
-    quiet: int | None = None  # since when it has been silent
-    pause: int | None = None  # the last silence that is long enough to cut in, and where speech went on after it
-    onward: int | None = None
+    state = _Speaking()
     for at, probability in zip(itertools.count(0, CHUNK), probabilities, strict=False):
         if probability >= SPEECH:
-            if start is None:
-                start = at
+            if state.start is None:
+                state.start = at
                 continue
-            if quiet is not None and pause is not None and onward is None:
-                onward = at
-            quiet = None
-        if start is None:
-            continue
-        if at - start > LONGEST_UNPADDED:
-            yield start, pause if pause is not None else at
-            start = onward if pause is not None else None
-            quiet = pause = onward = None
-            if start is None:
-                continue
-        if probability < SILENCE:
-            quiet = at if quiet is None else quiet
-            if at - quiet > MIN_PAUSE:
-                pause, onward = quiet, None
-            if at - quiet >= MIN_SILENCE:
-                yield start, quiet
-                start = quiet = pause = onward = None
-    if start is not None and samples > start:
-        yield start, samples
+            state.go_on(at)
+        if state.start is not None and at - state.start > LONGEST_UNPADDED:
+            yield state.cut(at)
+        if state.start is not None and probability < SILENCE:
+            end = state.fall_silent(at)
+            if end is not None:
+                yield state.start, end
+                state = _Speaking()
+    if state.start is not None and samples > state.start:
+        yield state.start, samples
+
+
+@dataclass
+class _Speaking:
+    """A stretch of speech that is not over; all in samples.
+
+    ``quiet`` is since when it has been silent, ``pause`` the last silence that is long enough to cut in, ``onward`` where speech
+    went on after it.
+    """
+
+    start: int | None = None
+    quiet: int | None = None
+    pause: int | None = None
+    onward: int | None = None
+
+    def go_on(self, at: int) -> None:
+        """Take in a chunk of speech."""
+        if self.quiet is not None and self.pause is not None and self.onward is None:
+            self.onward = at
+        self.quiet = None
+
+    def cut(self, at: int) -> tuple[int, int]:
+        """End a stretch that has become too long; what follows its last pause goes on."""
+        start = self.start or 0
+        ended = (start, at if self.pause is None else self.pause)
+        self.start = None if self.pause is None else self.onward
+        self.quiet = self.pause = self.onward = None
+        return ended
+
+    def fall_silent(self, at: int) -> int | None:
+        """Take in a chunk of silence; returns where speech ended once the silence has lasted."""
+        self.quiet = at if self.quiet is None else self.quiet
+        if at - self.quiet > MIN_PAUSE:
+            self.pause, self.onward = self.quiet, None
+        return self.quiet if at - self.quiet >= MIN_SILENCE else None
 
 
 def merged(stretches: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

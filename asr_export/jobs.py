@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from asr_core.errors import AudioError, UsageError
+from asr_export.formats import FORMATS
 
 STDIN = "-"
 LEDGER = ".asr-transcribe.jsonl"
@@ -35,10 +36,9 @@ class Job:
     name: str
     output: Path | None = None
 
-    def file(self, form: str) -> Path:
-        """The transcript's file of one format."""
-        assert self.output is not None
-        return self.output.with_name(f"{self.output.name}.{form}")
+    def files(self, forms: Iterable[str]) -> dict[str, Path]:
+        """The transcript's file of each format; none where it is printed."""
+        return {form: self.output.with_name(f"{self.output.name}.{form}") for form in forms} if self.output else {}
 
 
 def collect(sources: Sequence[str], folder: Path | None, *, printed: bool) -> tuple[list[Job], list[AudioError]]:
@@ -81,7 +81,7 @@ def _distinct(jobs: list[Job]) -> list[Job]:
     inputs = {job.audio for job in jobs}
     for _ in range(2):  # a whole name may be another's short one
         counts = Counter(job.output for job in jobs if job.output)
-        jobs = [_whole(job) if counts[job.output] > 1 or _hits(job, inputs) else job for job in jobs]
+        jobs = [_whole(job) if (job.output and counts[job.output] > 1) or _hits(job, inputs) else job for job in jobs]
     twice = [str(output) for output, count in Counter(job.output for job in jobs if job.output).items() if count > 1]
     if twice:
         raise UsageError(f"several files would be transcribed to {twice[0]}.*: name the folder that holds them instead.")
@@ -93,7 +93,7 @@ def _whole(job: Job) -> Job:
 
 
 def _hits(job: Job, inputs: set[Path | None]) -> bool:
-    return job.output is not None and any(job.file(form) in inputs for form in ("txt", "vtt", "srt", "tsv", "json"))
+    return any(file in inputs for file in job.files(FORMATS).values())
 
 
 @dataclass
@@ -107,22 +107,21 @@ class Ledger:
         """Whether a job's transcript is there in these formats, made from the same audio, artifact and options."""
         if job.output is None or job.audio is None or not job.audio.exists():
             return False
-        same = self._folder(job.output.parent).get(job.output.name) == self._key(job)
-        return same and all(job.file(form).is_file() for form in forms)
+        same = self._folder(job.output.parent).get(job.output.name) == self._key(job.audio)
+        return same and all(file.is_file() for file in job.files(forms).values())
 
     def note(self, job: Job) -> None:
         """Write down that a job's transcript is complete."""
         if job.output is None or job.audio is None:
             return
-        key = self._key(job)
+        key = self._key(job.audio)
         with (job.output.parent / LEDGER).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"transcript": job.output.name, "key": key}) + "\n")
         self._folder(job.output.parent)[job.output.name] = key
 
-    def _key(self, job: Job) -> str:
-        assert job.audio is not None
-        audio = job.audio.stat()
-        return hashlib.sha256(json.dumps([audio.st_size, audio.st_mtime_ns, self.settings]).encode()).hexdigest()
+    def _key(self, audio: Path) -> str:
+        state = audio.stat()
+        return hashlib.sha256(json.dumps([state.st_size, state.st_mtime_ns, self.settings]).encode()).hexdigest()
 
     def _folder(self, folder: Path) -> dict[str, str]:
         if folder not in self._known:
@@ -142,15 +141,12 @@ def _entries(ledger: Path) -> Iterator[tuple[str, str]]:
 
 
 def write(job: Job, contents: dict[str, str]) -> None:
-    """Put a transcript's files in their place, all or none of each; folders are made."""
-    assert job.output is not None
-    job.output.parent.mkdir(parents=True, exist_ok=True)
-    parts = {form: job.output.with_name(f".{job.output.name}.{form}.part") for form in contents}
-    try:
-        for form, content in contents.items():
-            parts[form].write_text(content, encoding="utf-8", newline="\n")
-        for form, part in parts.items():
-            part.replace(job.file(form))
-    finally:
-        for part in parts.values():
+    """Put a transcript's files, by format, in their place; each is whole or not there. Folders are made."""
+    for form, file in job.files(contents).items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f".{file.name}.part")
+        try:
+            part.write_text(contents[form], encoding="utf-8", newline="\n")
+            part.replace(file)
+        finally:
             part.unlink(missing_ok=True)
