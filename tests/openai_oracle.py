@@ -1,8 +1,11 @@
 """openai-whisper over one of our checkpoints: the same weights and vocabulary, none of our code."""
 
 import json
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import tiktoken
 import torch
@@ -32,6 +35,9 @@ RENAMED = {
     "fc1": "mlp.0",
     "fc2": "mlp.2",
 }
+
+# How GPT-2, and openai-whisper after it, splits text before merging.
+PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
 def model(checkpoint: Checkpoint, heads: list[tuple[int, int]]) -> Whisper:
@@ -71,7 +77,7 @@ def tokenizer(folder: Path, language: str | None = "en", task: str | None = "tra
     content: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     special = {token["content"]: token["id"] for token in content["added_tokens"]}
     vocab = {token: index for token, index in content["model"]["vocab"].items() if token not in special}
-    encoding = tiktoken.Encoding("oracle", pat_str=r"\s+|\S+", mergeable_ranks=_as_bytes(vocab), special_tokens=special)
+    encoding = tiktoken.Encoding("oracle", pat_str=PATTERN, mergeable_ranks=_as_bytes(vocab), special_tokens=special)
     return Tokenizer(encoding, num_languages=99, language=language, task=task)
 
 
@@ -82,3 +88,19 @@ def _as_bytes(vocab: dict[str, int]) -> dict[bytes, int]:
     rest = (byte for byte in range(256) if byte not in printable)
     byte_of = {char: byte for byte, char in printable.items()} | dict(zip(shifted, rest, strict=True))
     return {bytes(byte_of[char] for char in token): index for token, index in vocab.items()}
+
+
+def transcribe(checkpoint: Checkpoint, whisper: Whisper, audio: Any, **options: Any) -> dict[str, Any]:
+    """openai's ``transcribe()`` on the checkpoint's vocabulary: segments, text and language."""
+
+    def ours(*_: Any, language: str | None = None, task: str | None = None, **__: Any) -> Tokenizer:
+        return tokenizer(checkpoint.path, language or "en", task or "transcribe")
+
+    modules = [import_module("whisper.transcribe"), import_module("whisper.decoding")]
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(patch.object(module, "get_tokenizer", ours))
+        # openai knows a multilingual model by the size of its vocabulary.
+        stack.enter_context(patch.object(Whisper, "is_multilingual", checkpoint.multilingual))
+        result: dict[str, Any] = modules[0].transcribe(whisper, audio, fp16=False, **options)
+    return result
