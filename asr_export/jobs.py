@@ -116,7 +116,8 @@ class Ledger:
             return
         key = self._key(job.audio)
         with (job.output.parent / LEDGER).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"transcript": job.output.name, "key": key}) + "\n")
+            # The line break comes first: the line before may be one that an interruption tore.
+            file.write("\n" + json.dumps({"transcript": job.output.name, "key": key}))
         self._folder(job.output.parent)[job.output.name] = key
 
     def _key(self, audio: Path) -> str:
@@ -137,7 +138,7 @@ def _entries(ledger: Path) -> Iterator[tuple[str, str]]:
             entry = json.loads(line)
             yield entry["transcript"], entry["key"]
         except (ValueError, KeyError, TypeError):
-            continue  # a line that an interruption tore
+            continue  # a torn line
 
 
 def write(job: Job, contents: dict[str, str]) -> None:

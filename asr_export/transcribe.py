@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     Words = Callable[[Path, Progress], Transcript]
 
+CHECKPOINT = "checkpoint"
 OPTIONS_OF_WINDOWS = (
     "language task beam_size best_of patience length_penalty compression_ratio_threshold logprob_threshold no_speech_threshold "
     "seed"
@@ -79,7 +80,12 @@ class _Bound(click.ParamType[float | None]):
 @click.option("--logprob-threshold", default=-1.0, show_default=True, type=_Bound(), help="Below: an answer fails.")
 @click.option("--no-speech-threshold", default=0.6, show_default=True, type=_Bound(), help="Above, and improbable: silence.")
 @click.option("--seed", default=0, show_default=True, help="Of the samples.")
-@click.option("--suppress-tokens", default="-1", show_default=True, help="Ids, comma-separated; -1: all that is not spoken.")
+@click.option(
+    "--suppress-tokens",
+    default="-1",
+    show_default=True,
+    help="Ids, comma-separated; -1: all that is not spoken; 'checkpoint': the list that came with the checkpoint.",
+)
 @click.option("--initial-prompt", help="Text before the first window: names, spelling, style.")
 @click.option("--carry-initial-prompt", is_flag=True, help="Put it before every window.")
 @click.option("--hotwords", help="Words to expect, before every window.")
@@ -154,7 +160,7 @@ def _transcriber(folder: Path, given: dict[str, Any], threads: int) -> tuple[Wor
     artifact = Artifact.open(folder)
     bundle = Bundle.read(artifact.path)
     options = _options(given, artifact.manifest.tokens, bundle.tokenizer)
-    runner = open_runner(artifact.manifest.target, artifact.path, threads)
+    runner: Any = open_runner(artifact.manifest.target, artifact.path, threads)
 
     def words_of(path: Path, progress: Progress) -> Transcript:
         transcript = transcribe(runner, bundle, path, options, progress)
@@ -171,6 +177,7 @@ def _options(given: dict[str, Any], tokens: TokenIds, tokenizer: Any) -> Transcr
 
     tokens.prompt(given["language"] or next(iter(tokens.languages), "en"), given["task"])
     room = tokens.max_new_tokens - 1
+    chosen = given["suppress_tokens"]
     size = len(prompt_tokens(tokenizer, given["initial_prompt"]))
     if size > room:
         click.echo(f"Warning: the initial prompt has {size} tokens; the last {room} of them are used.", err=True)
@@ -179,7 +186,7 @@ def _options(given: dict[str, Any], tokens: TokenIds, tokenizer: Any) -> Transcr
         | {"beam_size": given["beam_size"] if given["beam_size"] > 1 else None},
         timestamps=not given["without_timestamps"],
         temperatures=_temperatures(given["temperature"], given["temperature_increment"]),
-        suppress=suppressed(tokenizer, _numbers(given["suppress_tokens"], int)),
+        suppress=None if chosen == CHECKPOINT else suppressed(tokenizer, _numbers(chosen, int)),
     )
     files = {name: given[name] for name in OPTIONS_OF_FILES}
     return TranscribeOptions(windows, clips=_clips(given["clip_timestamps"]), **files)
