@@ -7,13 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from asr_core.checkpoint import Frozen
+from asr_core.dims import Frozen
 from asr_core.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TIMESTAMP_STEP = 0.02  # seconds a timestamp token
+SIGNS = (
+    *'"#()*+/:;<=>@[\\]^_`{|}~「」『』',
+    *"<< >> <<< >>> -- --- -( -[ (' (\" (( )) ((( ))) [[ ]] {{ }} ♪♪ ♪♪♪".split(),
+)
+MUSIC = "♩♪♫♬♭♮♯"
+LEADING_SIGNS = (" -", " '")  # fine inside a word, not before it
 
 
 class TokenIds(Frozen):
@@ -83,10 +89,22 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The text of token ids, special and timestamp tokens left out, without surrounding blanks."""
-    # Timestamps are the last ids of the vocabulary, and Whisper's tokenizers do not mark them as special.
-    first_timestamp = tokenizer.token_to_id("<|0.00|>")
-    words = [i for i in ids if first_timestamp is None or i < first_timestamp]
+    # Whisper's tokenizers do not mark timestamps as special. After them come words that fine-tuning added.
+    first, last = tokenizer.token_to_id("<|0.00|>"), tokenizer.token_to_id("<|30.00|>")
+    words = [i for i in ids if first is None or last is None or not first <= i <= last]
     return tokenizer.decode(words, skip_special_tokens=True).strip()
+
+
+def non_speech_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Ids of speaker tags, brackets and music signs, sorted: ``non_speech_tokens`` of openai-whisper's tokenizer."""
+    found = {tokenizer.encode(text, add_special_tokens=False).ids[0] for text in LEADING_SIGNS}
+    for sign in (*SIGNS, *MUSIC):
+        for text in (sign, " " + sign):
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            # Music signs share their first bytes with each other only, so a first token stands for them all.
+            if len(ids) == 1 or sign in MUSIC:
+                found.add(ids[0])
+    return sorted(found)
 
 
 def write_bundle(checkpoint_folder: Path, n_mels: int, folder: Path) -> None:

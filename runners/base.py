@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asr_core import decode, registry
-from asr_core.checkpoint import Dims
 from asr_core.decode import Decoded, DecodeOptions, Logits, Mel
+from asr_core.dims import Dims
 from asr_core.tokens import TokenIds
 
 
