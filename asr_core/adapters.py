@@ -106,6 +106,7 @@ def _merged(base: Checkpoint, folder: Path, config: dict[str, Any], file: Path) 
     try:
         settings = PeftConfig.from_pretrained(str(folder))
         settings.inference_mode = True
+        settings.base_model_name_or_path = str(base.path)  # else peft warns that it is another
         adapted = get_peft_model(model, settings)
         problems = _problems(saved, get_peft_model_state_dict(adapted))
         if not problems:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from asr_core.tokens import non_speech_tokens
+from asr_core.tokens import suppressed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 START, END = "<|startoftranscript|>", "<|endoftext|>"
 TRANSLATE, TRANSCRIBE = "<|translate|>", "<|transcribe|>"
 PREVIOUS, NO_TIMESTAMPS = "<|startofprev|>", "<|notimestamps|>"
-# Older tokenizers know the no-speech token by its first name.
-NEVER_SAID = (START, TRANSLATE, TRANSCRIBE, "<|startoflm|>", PREVIOUS, "<|nospeech|>", "<|nocaptions|>")
 LANGUAGE = re.compile(r"<\|[a-z]{2,4}\|>")
 # OpenAI's English vocabulary is one token shorter: nothing else tells its language tokens, which mean nothing, from real ones.
 ENGLISH_END = 50256
@@ -74,14 +72,8 @@ def _new(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
         "pad_token_id": end,
         "prev_sot_token_id": tokenizer.token_to_id(PREVIOUS),
         "return_timestamps": False,
-        "suppress_tokens": _stated(config, "suppress_tokens", suppressed(tokenizer)),
+        "suppress_tokens": _stated(config, "suppress_tokens", list(suppressed(tokenizer))),
     }
-
-
-def suppressed(tokenizer: Tokenizer) -> list[int]:
-    """What openai-whisper never says by default (its ``-1``): signs that are not speech, and control tokens."""
-    control = (tokenizer.token_to_id(token) for token in NEVER_SAID)
-    return sorted({*non_speech_tokens(tokenizer), *(index for index in control if index is not None)})
 
 
 def _stated(config: dict[str, Any], key: str, otherwise: list[int]) -> list[int]:

@@ -116,8 +116,8 @@ def _write(file: Path, beside: list[Path], whisper: Path | None, folder: Path) -
     for found in beside:
         shutil.copyfile(found, folder / found.name)
     if whisper is not None:
-        languages = dims["n_vocab"] - OTHER_TOKENS - (0 if english else 1)
-        vocabulary.write_tokenizer(whisper, folder, english=english, languages=languages)
+        known = dims["n_vocab"] - OTHER_TOKENS - (0 if english else 1)
+        vocabulary.write_tokenizer(whisper, folder, english=english, known=known)
     tokenizer = load_tokenizer(folder)
     tokens = tokenizer.get_vocab_size()
     if tokens > dims["n_vocab"] or (whisper is not None and tokens != dims["n_vocab"]):

@@ -7,16 +7,12 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from asr_core import languages
 from asr_core.folder import write_json
 from asr_core.generation import END
 
 MULTILINGUAL, ENGLISH = "multilingual", "gpt2"
 TIMESTAMPS = 1501  # 0.00 to 30.00 s
-LANGUAGES = (
-    "en zh de es ru ko fr ja pt tr pl ca nl ar sv it id hi fi vi he uk el ms cs ro da hu ta no th ur hr bg lt la mi ml cy sk "
-    "te fa lv bn sr az sl kn et mk br eu is hy ne mn bs kk sq sw gl mr pa si km sn yo so af oc ka be tg sd gu am yi lo uz fo "
-    "ht ps tk nn mt sa lb my bo tl mg as tt haw ln ha ba jw su yue"
-).split()
 
 
 def assets() -> Path | None:
@@ -26,14 +22,14 @@ def assets() -> Path | None:
     return next((folder for folder in folders if (folder / "assets" / f"{MULTILINGUAL}.tiktoken").exists()), None)
 
 
-def special_tokens(languages: int) -> list[str]:
-    """OpenAI's special tokens in their order, timestamps last; ids begin after the text tokens."""
+def special_tokens(known: int) -> list[str]:
+    """OpenAI's special tokens in their order, timestamps last; ids begin after the text tokens. ``known`` counts languages."""
     control = ("translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps")
     timestamps = (f"{i * 0.02:.2f}" for i in range(TIMESTAMPS))
-    return [f"<|{name}|>" for name in (END[2:-2], "startoftranscript", *LANGUAGES[:languages], *control, *timestamps)]
+    return [f"<|{name}|>" for name in (END[2:-2], "startoftranscript", *list(languages.NAMES)[:known], *control, *timestamps)]
 
 
-def write_tokenizer(whisper: Path, folder: Path, *, english: bool, languages: int) -> None:
+def write_tokenizer(whisper: Path, folder: Path, *, english: bool, known: int) -> None:
     """Write ``tokenizer.json``, its settings and the English normaliser's spellings from openai-whisper's folder."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -44,7 +40,7 @@ def write_tokenizer(whisper: Path, folder: Path, *, english: bool, languages: in
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = special_tokens(languages)
+    special = special_tokens(known)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special[:-TIMESTAMPS]])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in special[-TIMESTAMPS:]])
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -10,7 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from asr_core.vocabulary import LANGUAGES, TIMESTAMPS, special_tokens
+from asr_core import languages
+from asr_core.vocabulary import TIMESTAMPS, special_tokens
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _generation(shape: Shape, ids: dict[str, int]) -> dict[str, object]:
         "suppress_tokens": [1, 2, 7, 8, 9, 10, 14, 25, *(ids[f"<|{name}|>"] for name in forbidden)],
     }
     if shape.languages:
-        names = LANGUAGES[: shape.languages]
+        names = list(languages.NAMES)[: shape.languages]
         generation["lang_to_id"] = {f"<|{name}|>": ids[f"<|{name}|>"] for name in names}
         generation["task_to_id"] = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
     return generation

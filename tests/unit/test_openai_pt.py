@@ -117,7 +117,7 @@ TEXTS = (
 
 @pytest.mark.parametrize(("english", "languages"), [(False, 99), (False, 100), (True, 99)])
 def test_the_vocabulary_is_openais(tmp_path, english, languages):
-    vocabulary.write_tokenizer(vocabulary.assets(), tmp_path, english=english, languages=languages)
+    vocabulary.write_tokenizer(vocabulary.assets(), tmp_path, english=english, known=languages)
     ours = load_tokenizer(tmp_path)
     theirs = get_tokenizer(not english, num_languages=languages).encoding
     assert ours.get_vocab_size() == theirs.n_vocab
