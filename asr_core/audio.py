@@ -25,6 +25,7 @@ MEL_FLOOR = 1e-10  # power, before the logarithm
 DYNAMIC_RANGE = 8.0  # log10 units below the maximum that survive
 SLACK_SECONDS = 0.1  # time stamps are rounded, to a millisecond or a frame; only larger jumps are missing audio
 LENGTH_SLACK_SECONDS = 1.0
+PACKED = "flt"  # channels side by side: reading more than 8 planes crashes PyAV
 MAX_FAILURES = 100  # of the container in a row
 LENGTH_IN_HEADER = {"flac", "mov", "matroska", "caf", "aiff", "asf", "avi"}  # FFmpeg's names; of others it may be a guess
 
@@ -162,7 +163,7 @@ class _Mono:
         kind = (frame.format.name, frame.layout.name, frame.sample_rate)
         rest = np.zeros(0, np.float32) if kind == self._kind else self.flush()
         if self._resampler is None:
-            self._kind, self._resampler = kind, av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
+            self._kind, self._resampler = kind, av.AudioResampler(format=PACKED, rate=SAMPLE_RATE)
         return np.concatenate([rest, self._take(frame)])
 
     def flush(self) -> NDArray[np.float32]:
@@ -174,7 +175,8 @@ class _Mono:
         return rest
 
     def _take(self, frame: Any) -> NDArray[np.float32]:
-        blocks = [out.to_ndarray().mean(axis=0) for out in self._resampler.resample(frame)]
+        frames = self._resampler.resample(frame)
+        blocks = [out.to_ndarray().reshape(-1, out.layout.nb_channels).mean(axis=1) for out in frames]
         self.written += sum(map(len, blocks))
         return np.concatenate([np.zeros(0, np.float32), *blocks])
 

@@ -132,7 +132,7 @@ def test_a_folder_is_written_beside_its_audio_and_resumed(run, folder, expected,
     (folder / "bad.mp3").unlink()
     (folder / "a.wav.txt").unlink()
     with (folder / "monday" / LEDGER).open("a") as ledger:
-        ledger.write('{"transcript": "b", "k')  # as a power cut leaves it
+        ledger.write('\n{"transcript": "b", "k')  # as a power cut leaves it
     decoded: list[str] = []
     original = command._transcribed
     monkeypatch.setattr(command, "_transcribed", lambda job, *rest: decoded.append(job.name) or original(job, *rest))
