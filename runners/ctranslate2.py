@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import ctranslate2
 import numpy as np
 from numpy.typing import NDArray
 
+from asr_core.align import FILTER_WIDTH, Alignment, AlignRequest
 from asr_core.artifact import read_manifest
 from asr_core.decode import Decoded, DecodeOptions, Logits, Mel, Timings
 
@@ -73,6 +75,19 @@ class CTranslate2Runner:
 
     def score(self, mel: Mel, tokens: list[int]) -> Logits | None:
         """Nothing: CTranslate2 shows no logits of a given sequence."""
+
+    def align(self, mel: Mel, requests: Sequence[AlignRequest]) -> list[Alignment]:
+        """With CTranslate2's own attention and path, whose rules are openai-whisper's; it adds the end of the prompt itself."""
+        found = []
+        for request in requests:
+            prompt = self.tokens.prompt(request.language, request.task)[:-1]
+            states = self._encode(mel[request.window : request.window + 1])
+            (result,) = self._model.align(
+                states, prompt, [list(request.tokens)], request.frames, median_filter_width=FILTER_WIDTH
+            )
+            text, time = np.array(result.alignments, np.int64).reshape(-1, 2).T
+            found.append(Alignment(text, time, np.array(result.text_token_probs)))
+        return found
 
     def close(self) -> None:
         """Free the model."""

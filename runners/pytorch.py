@@ -40,6 +40,7 @@ class PyTorchRunner(StepRunner):
         torch.set_num_threads(threads)
         disable_progress_bar()
         self.dims = checkpoint.dims
+        self.alignment_heads: list[tuple[int, int]] = checkpoint.alignment_heads
         self.tokens = TokenIds.read(checkpoint.path, checkpoint.generation, checkpoint.dims.n_text_ctx)
         self.model = WhisperForConditionalGeneration.from_pretrained(
             checkpoint.path, dtype=torch.float32, attn_implementation=attention, local_files_only=True
@@ -65,6 +66,31 @@ class PyTorchRunner(StepRunner):
         state.cache = out.past_key_values
         logits: Logits = out.logits.float().numpy()
         return logits
+
+    def step_with_queries(self, tokens: NDArray[np.int64], state: State) -> tuple[Logits, NDArray[np.float32]]:
+        """A step during which the query projections tell what they make."""
+        made: dict[int, torch.Tensor] = {}
+        blocks = [layer.encoder_attn for layer in self.model.model.decoder.layers]
+        hooks = [
+            block.q_proj.register_forward_hook(lambda _, __, out, layer=layer: made.__setitem__(layer, out))
+            for layer, block in enumerate(blocks)
+        ]
+        try:
+            logits = self.step(tokens, state)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        heads = self.dims.decoder_heads
+        chosen = [made[layer].unflatten(-1, (heads, -1))[:, :, head] for layer, head in self.alignment_heads]
+        queries = torch.stack(chosen, 1).float() * self.dims.head_dim**-0.5
+        return logits, queries.numpy()
+
+    @torch.inference_mode()
+    def cross_keys(self, state: State, layer: int) -> NDArray[np.float32]:
+        """Projected anew: transformers' cache has them only where its kind holds them."""
+        keys = self.model.model.decoder.layers[layer].encoder_attn.k_proj(state.encoded)
+        split: NDArray[np.float32] = keys.unflatten(-1, (self.dims.decoder_heads, -1)).transpose(1, 2).float().numpy()
+        return split
 
     def reorder(self, state: State, rows: NDArray[np.int64]) -> State:
         """Select rows of the encoder states and of both caches."""
