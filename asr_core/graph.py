@@ -18,7 +18,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from asr_core.checkpoint import Dims
 
-# The output of a decoder step that :func:`choose_heads` makes.
+# The output of a decoder step that :meth:`Decoder.choose_heads` makes.
 ALIGNMENT_QUERIES = "alignment_queries"
 
 Heads = Sequence[tuple[int, int]]  # (decoder layer, head)
@@ -35,19 +35,6 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """[B, H, T, E] → [B, T, D]."""
     return x.transpose(1, 2).flatten(2)
-
-
-def choose_heads(queries: Sequence[Tensor], heads: Heads) -> Tensor:
-    """Each layer's cross-attention queries [B, H, T, E] → those of the given heads, [B, heads, T, E].
-
-    That is what word timestamps need of a decoder: whoever has the cross-attention keys multiplies them with it. The products
-    themselves would be 1500 numbers a head and token, to be written at every step and read by nobody while decoding.
-    """
-    pieces: list[Tensor] = []
-    for layer, first, after in _runs(heads):
-        whole = (first, after) == (0, queries[layer].shape[1])
-        pieces.append(queries[layer] if whole else queries[layer][:, first:after])
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
 def _runs(heads: Heads) -> list[tuple[int, int, int]]:
@@ -181,6 +168,18 @@ class Decoder(nn.Module):
         """Hidden states [B, T, D] → logits [B, T, vocab]."""
         return self.layer_norm(x) @ self.embed_tokens.weight.t()
 
+    def choose_heads(self, queries: Sequence[Tensor], heads: Heads) -> Tensor:
+        """Each layer's cross-attention queries [B, H, T, E] → those of the given heads, [B, heads, T, E].
+
+        That is what word timestamps need of a decoder: whoever has the cross-attention keys multiplies them with it. The
+        products themselves would be 1500 numbers a head and token, written at every step and read by nobody while decoding.
+        """
+        every = (0, self.dims.decoder_heads)
+        pieces = [
+            queries[layer] if (first, after) == every else queries[layer][:, first:after] for layer, first, after in _runs(heads)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
     @property
     def blocks(self) -> list[DecoderLayer]:
         """The layers, typed."""
@@ -243,7 +242,7 @@ class DynamicStep(nn.Module):
             x, q = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
             queries.append(q)
             new += [k_new, v_new]
-        return (self.decoder.logits(x), choose_heads(queries, self.heads), *new)
+        return (self.decoder.logits(x), self.decoder.choose_heads(queries, self.heads), *new)
 
 
 def load_weights(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:

@@ -193,7 +193,7 @@ def _stateless_step(checkpoint: Checkpoint) -> Traceable:
                 x, q = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
                 queries.append(q)
                 new += [k, v]
-            return (_logits(decoder, x), graph.choose_heads(queries, checkpoint.alignment_heads), *new)
+            return (_logits(decoder, x), decoder.choose_heads(queries, checkpoint.alignment_heads), *new)
 
     return Traceable(
         module=Step(),
@@ -236,7 +236,7 @@ def _stateful_step(checkpoint: Checkpoint) -> Traceable:
                 x = x + attn.output(graph.attend(attn.query(h), k, v, mask))
                 x, q = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
                 queries.append(q)
-            return _logits(decoder, x), graph.choose_heads(queries, checkpoint.alignment_heads)
+            return _logits(decoder, x), decoder.choose_heads(queries, checkpoint.alignment_heads)
 
     return Traceable(
         module=Step(),

@@ -247,7 +247,7 @@ def _decoder(dims: Dims, weights: Weights, heads: list[tuple[int, int]]) -> nn.M
                 x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
                 present += [k, v]
             logits = self.decoder.embed_tokens(self.decoder.layer_norm(x))
-            return (logits, graph.choose_heads(queries, heads), *present)
+            return (logits, self.decoder.choose_heads(queries, heads), *present)
 
     return Step().eval()
 

@@ -198,7 +198,7 @@ def _stateless_step(decoder: Any, alignment_heads: list[tuple[int, int]]) -> Any
                 grown += [k, v]
             projected = decoder.cross_keys_values(encoded)
             projected[::2] = [keys.mT for keys in projected[::2]]
-            return (decoder.logits(x), graph.choose_heads(queries, alignment_heads), *grown, *projected)
+            return (decoder.logits(x), decoder.choose_heads(queries, alignment_heads), *grown, *projected)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention as the one operator that the runtime fuses with its cache.

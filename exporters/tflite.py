@@ -171,7 +171,7 @@ def _step(decoder: graph.Decoder, count: int, alignment_heads: list[tuple[int, i
     import torch
     from torch import nn
 
-    from asr_core.graph import ALIGNMENT_QUERIES, MASKED, choose_heads
+    from asr_core.graph import ALIGNMENT_QUERIES, MASKED
 
     rows = decoder.dims.n_text_ctx
 
@@ -198,7 +198,11 @@ def _step(decoder: graph.Decoder, count: int, alignment_heads: list[tuple[int, i
                 x, q = layer.cross_and_ffn(x, cache[f"cross_k_{i}"].transpose(2, 3), cache[f"cross_v_{i}"])
                 queries.append(q)
                 outputs |= {f"new_k_{i}": k, f"new_v_{i}": v}
-            return {"logits": self.decoder.logits(x), ALIGNMENT_QUERIES: choose_heads(queries, alignment_heads), **outputs}
+            return {
+                "logits": self.decoder.logits(x),
+                ALIGNMENT_QUERIES: self.decoder.choose_heads(queries, alignment_heads),
+                **outputs,
+            }
 
     def positions(first: Tensor) -> Tensor:
         """Of every new token; those that only pad a prefill may lie beyond the last."""
