@@ -119,6 +119,8 @@ class _Watched:
     def __init__(self, runner: StepRunner) -> None:
         self.runner = runner
         self.tokens = runner.tokens
+        self.dims = runner.dims
+        self.text = runner.text
         self.seen: list[Logits] = []
 
     def encode(self, mel: Mel) -> Any:
@@ -135,6 +137,10 @@ class _Watched:
         """As the runner's."""
         return self.runner.reorder(state, rows)
 
+    def restart(self, state: Any, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
+        """As the runner's."""
+        return self.runner.restart(state, rows)
+
 
 def with_margins(runner: Runner, mel: Mel, options: DecodeOptions) -> tuple[Decoded, list[float]]:
     """Decode one window with PyTorch, whose steps return memory of their own, and tell the top-2 logit margin of every step.
@@ -144,11 +150,11 @@ def with_margins(runner: Runner, mel: Mel, options: DecodeOptions) -> tuple[Deco
     if not isinstance(runner, StepRunner):
         raise TypeError("the reference runner steps")
     watched = _Watched(runner)
-    decoded = decode.greedy(watched, mel, options)[0]
-    filters = decode.filters_for(runner.tokens)
+    decoded = decode.generate(watched, mel, options)[0]
+    filters = decode.filters_for(runner.tokens, options)
     for produced, logits in enumerate(watched.seen):
         for logit_filter in filters:
-            logit_filter.apply(logits, produced)
+            logit_filter.apply(logits, [decoded.tokens[:produced]])
     return decoded, [float(top2_margin(logits[0])) for logits in watched.seen]
 
 

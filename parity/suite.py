@@ -87,8 +87,8 @@ def run(runner: Runner, work: Path, level: Level, reopened: Callable[[], Runner]
     return results
 
 
-def _decode(runner: Runner, mels: Mel, **prompt: str) -> list[list[int]]:
-    options = DecodeOptions(max_new_tokens=MOST_TOKENS, **prompt)
+def _decode(runner: Runner, mels: Mel, language: str = "en", task: str = "transcribe") -> list[list[int]]:
+    options = DecodeOptions(language, task, max_new_tokens=MOST_TOKENS)
     return [decoded.tokens for decoded in runner.generate(mels, options)]
 
 
