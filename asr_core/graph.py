@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from asr_core.checkpoint import Dims
+    from asr_core.dims import Dims
 
 # The output of a decoder step that :meth:`Decoder.choose_heads` makes.
 ALIGNMENT_QUERIES = "alignment_queries"

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from asr_core import align, decode, registry
 from asr_core.align import Alignment, AlignRequest, Scores
-from asr_core.checkpoint import Dims
 from asr_core.decode import Decoded, DecodeOptions, Logits, Mel
+from asr_core.dims import Dims
 from asr_core.errors import UsageError
 from asr_core.tokens import TokenIds, load_tokenizer, written_out
 
