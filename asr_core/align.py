@@ -135,13 +135,14 @@ def attention_matrix(scores: Scores, frames: int) -> NDArray[np.float64]:
     positions = min(scores.shape[2], max(1, frames // FRAMES_A_POSITION))
     total = np.zeros((scores.shape[1], positions))
     for head in scores:  # one at a time: the temporaries stay in the processor's cache
-        weights = _softmax(head[:, :positions])
+        weights = softmax(head[:, :positions])
         spread = weights.std(axis=0)
         total += median_filter((weights - weights.mean(axis=0)) / np.where(spread == 0, 1, spread))
     return total / len(scores)
 
 
-def _softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+def softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Over the last axis."""
     weights: NDArray[np.float32] = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     return weights

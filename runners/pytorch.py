@@ -44,9 +44,13 @@ class PyTorchRunner(StepRunner):
         self.dims = checkpoint.dims
         self.alignment_heads: list[tuple[int, int]] = checkpoint.alignment_heads
         self.tokens = TokenIds.read(checkpoint.path, checkpoint.generation, checkpoint.dims.n_text_ctx)
-        self.model = WhisperForConditionalGeneration.from_pretrained(
-            checkpoint.path, dtype=torch.float32, attn_implementation=attention, local_files_only=True
-        ).eval()
+        self.model = (
+            WhisperForConditionalGeneration.from_pretrained(
+                checkpoint.path, dtype=torch.float32, attn_implementation=attention, local_files_only=True
+            )
+            .eval()
+            .requires_grad_(requires_grad=False)
+        )
         self.model.to(getattr(torch, weights)).to(getattr(torch, compute))
 
     @torch.inference_mode()
@@ -86,6 +90,21 @@ class PyTorchRunner(StepRunner):
         chosen = [made[layer].unflatten(-1, (heads, -1))[:, :, head] for layer, head in self.alignment_heads]
         queries = torch.stack(chosen, 1).float() * self.dims.head_dim**-0.5
         return logits, queries.numpy()
+
+    def evidence(self, mel: Mel, tokens: list[int]) -> NDArray[np.float32]:
+        """How much each audio position says for each token but the first, of one window: float32 [tokens - 1, F].
+
+        The size of the gradient of the token's log-probability by the position's encoder state.
+        """
+        states = torch.from_numpy(self.encoder_states(mel)).to(self.model.dtype).requires_grad_()
+        with torch.enable_grad():
+            out = self.model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=states), decoder_input_ids=torch.tensor([tokens[:-1]])
+            )
+            chances = out.logits[0].log_softmax(-1)[range(len(tokens) - 1), tokens[1:]]
+        gradients = [torch.autograd.grad(chance, states, retain_graph=True)[0][0].norm(dim=-1) for chance in chances]
+        sizes: NDArray[np.float32] = torch.stack(gradients).float().numpy()
+        return sizes
 
     @torch.inference_mode()
     def cross_keys(self, state: State, layer: int) -> NDArray[np.float32]:
