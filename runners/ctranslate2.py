@@ -104,7 +104,7 @@ class CTranslate2Runner(Written):
         )
         return results
 
-    def _decoded(self, result: Any, options: DecodeOptions, index: int, timings: Timings, language: str | None) -> Decoded:
+    def _decoded(self, result: Any, options: DecodeOptions, index: int, timings: Timings, language: str) -> Decoded:
         normalised = _beam(options, index)
         candidates = [
             Candidate(tuple(tokens), float(score) * (len(tokens) if normalised else 1))
