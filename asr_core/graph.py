@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from asr_core.checkpoint import Dims
+    from asr_core.dims import Dims
 
 # Large enough to vanish in a softmax, small enough for float16 (largest value 65504).
 MASKED = -1e4
