@@ -1,5 +1,6 @@
 """Verdicts over the other modes of transcription, from made-up results."""
 
+import json
 from copy import deepcopy
 from pathlib import Path
 
@@ -80,10 +81,12 @@ def test_the_recording_is_utterances_of_one_language_with_pauses(clips: list[Pat
 
 
 def test_manifests_tell_languages_and_boundaries(tmp_path: Path):
-    (tmp_path / "m.jsonl").write_text(
-        '{"audio_filepath": "a.flac", "text": "u", "lang": "es", "segments": [{"start": 0.5, "end": 1}, {"start": 2, "end": 3}]}\n'
-        '{"audio_filepath": "b.flac", "text": "one"}\n'
-    )
+    segments = [{"start": 0.5, "end": 1}, {"start": 2, "end": 3}]
+    entries = [
+        {"audio_filepath": "a.flac", "text": "uno dos", "lang": "es", "segments": segments},
+        {"audio_filepath": "b.flac", "text": "one"},
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, entries)))
     spanish, english = data.read(tmp_path / "m.jsonl")
     assert (spanish.language, spanish.boundaries) == ("es", (0.5, 1.0, 2.0, 3.0))
     assert (english.language, english.boundaries) == ("en", ())
