@@ -71,7 +71,7 @@ class TokenIds(Frozen):
         """
         code = self.code_of(language)
         last = [] if timestamps else [self.no_timestamps]
-        if code is None:
+        if not self.languages:
             if task != "transcribe":
                 raise UsageError(f"this model only transcribes English: task {task!r} is not for it.")
             return [self.start, *last]
@@ -79,8 +79,8 @@ class TokenIds(Frozen):
             raise UsageError(f"unknown task {task!r}; this model knows: {', '.join(sorted(self.tasks))}.")
         return [self.start, self.languages[code], self.tasks[task], *last]
 
-    def code_of(self, language: str | None) -> str | None:
-        """The code of a language given by code or by name (None means English); None where the model has only English.
+    def code_of(self, language: str | None) -> str:
+        """The code of a language that the model knows, given by code or by name; None means English.
 
         Raises :class:`UsageError` for a language that it does not know.
         """
@@ -89,7 +89,7 @@ class TokenIds(Frozen):
             raise UsageError(f"unknown language {language!r}; this model knows: {', '.join(sorted(self.languages))}.")
         if not self.languages and code != "en":
             raise UsageError(f"this model only transcribes English: language {language!r} is not for it.")
-        return code if self.languages else None
+        return code
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -143,17 +143,20 @@ def suppressed(tokenizer: Tokenizer, chosen: Sequence[int] = (-1,)) -> tuple[int
     return tuple(sorted(found | {token for token in controls if token is not None}))
 
 
-def write_bundle(checkpoint_folder: Path, n_mels: int, folder: Path) -> None:
+def write_bundle(checkpoint_folder: Path, n_mels: int, alignment_heads: list[tuple[int, int]], folder: Path) -> None:
     """Add what a client needs beside the network: tokenizer, generation config, mel filters, preprocessor config.
 
+    The generation config gets the alignment heads of the artifact, from which other clients make their word timestamps.
     transformers 5 saves no ``preprocessor_config.json``; without one, faster-whisper feeds 80 mels to a 128-mel model.
     """
     import numpy as np
 
     from asr_core import audio
 
-    for name in ("tokenizer.json", "generation_config.json"):
-        (folder / name).write_bytes((checkpoint_folder / name).read_bytes())
+    (folder / "tokenizer.json").write_bytes((checkpoint_folder / "tokenizer.json").read_bytes())
+    generation = json.loads((checkpoint_folder / "generation_config.json").read_text(encoding="utf-8"))
+    generation["alignment_heads"] = [list(head) for head in alignment_heads]
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     np.save(folder / "mel_filters.npy", audio.mel_filters(n_mels))
     preprocessor = {
         "feature_extractor_type": "WhisperFeatureExtractor",

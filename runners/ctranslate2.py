@@ -6,6 +6,7 @@ Its search gets the same options as ours, and its hypotheses are ranked and trie
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asr_core import decode
+from asr_core.align import FILTER_WIDTH, Alignment, AlignRequest
 from asr_core.artifact import read_manifest
 from asr_core.decode import Decoded, DecodeOptions, Logits, Mel, Timings
 from asr_core.search import Candidate, best_of
@@ -21,6 +23,8 @@ from runners.base import Written
 
 # The type to compute in, by stored precision; where a CPU cannot, CTranslate2 would warn and choose one for us.
 COMPUTE_TYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8_float32"}
+
+ALMOST_NO_PATIENCE = 1 + 1e-6  # the next numbers after 1 in float32: as many sequences must end, but it isn't 1
 
 
 class CTranslate2Runner(Written):
@@ -35,6 +39,7 @@ class CTranslate2Runner(Written):
         self.folder = path
         self.dims = manifest.dims
         self.tokens = manifest.tokens
+        self.alignment_heads = manifest.alignment_heads
         wanted = COMPUTE_TYPES[manifest.precision]
         supported = ctranslate2.get_supported_compute_types("cpu")
         self._model = ctranslate2.models.Whisper(
@@ -77,6 +82,19 @@ class CTranslate2Runner(Written):
     def score(self, mel: Mel, tokens: list[int]) -> Logits | None:
         """Nothing: CTranslate2 shows no logits of a given sequence."""
 
+    def align(self, mel: Mel, requests: Sequence[AlignRequest]) -> list[Alignment]:
+        """With CTranslate2's own attention and path, whose rules are openai-whisper's; it adds the end of the prompt itself."""
+        found = []
+        for request in requests:
+            prompt = self.tokens.prompt(request.language, request.task)[:-1]
+            states = self._encode(mel[request.window : request.window + 1])
+            (result,) = self._model.align(
+                states, prompt, [list(request.tokens)], request.frames, median_filter_width=FILTER_WIDTH
+            )
+            text, time = np.array(result.alignments, np.int64).reshape(-1, 2).T
+            found.append(Alignment(text, time, np.array(result.text_token_probs)))
+        return found
+
     def close(self) -> None:
         """Free the model."""
         self._model.unload_model()
@@ -88,14 +106,15 @@ class CTranslate2Runner(Written):
 
     def _search(self, states: ctranslate2.StorageView, prompts: list[list[int]], options: DecodeOptions, index: int) -> list[Any]:
         """Every window's hypotheses at one of the temperatures, with scores that are sums of log-probabilities."""
-        given = len(prompts[0])
-        limit = decode.new_token_limit(self.tokens, options, given, self.dims.n_text_ctx)
+        # A prefix counts as generated: it follows the prompt, is part of the answer, and uses up its length.
+        forced = len(options.prefix)
+        limit = decode.new_token_limit(self.tokens, options, len(prompts[0]), self.dims.n_text_ctx)
         initial = decode.initial_timestamp_index(options)
         results: list[Any] = self._model.generate(
             states,
             prompts,
             **_strategy(options, index),
-            max_length=_max_length(limit, given),
+            max_length=_max_length(limit + forced, len(prompts[0]) - forced),
             max_initial_timestamp_index=self.dims.n_audio_ctx if initial is None else initial,
             suppress_tokens=list(self.tokens.suppress if options.suppress is None else options.suppress),
             suppress_blank=options.suppress_blank,  # the config's suppress_ids_begin: the same list as our begin_suppress
@@ -104,12 +123,9 @@ class CTranslate2Runner(Written):
         )
         return results
 
-    def _decoded(self, result: Any, options: DecodeOptions, index: int, timings: Timings, language: str | None) -> Decoded:
-        normalised = _beam(options, index)
-        candidates = [
-            Candidate(tuple(tokens), float(score) * (len(tokens) if normalised else 1))
-            for tokens, score in zip(result.sequences_ids, result.scores, strict=True)
-        ]
+    def _decoded(self, result: Any, options: DecodeOptions, index: int, timings: Timings, language: str) -> Decoded:
+        answers = [tuple(tokens[len(options.prefix) :]) for tokens in result.sequences_ids]
+        candidates = [Candidate(tokens, float(score)) for tokens, score in zip(answers, result.scores, strict=True)]
         best = best_of(candidates, options.length_penalty)
         silence = None if self.tokens.no_speech is None else float(result.no_speech_prob)
         return Decoded(list(best.tokens), best.sum_logprob, silence, timings, language, options.temperatures[index])
@@ -125,23 +141,21 @@ def open(path: Path, threads: int) -> CTranslate2Runner:
     return CTranslate2Runner(path, threads)
 
 
-def _beam(options: DecodeOptions, index: int) -> bool:
-    return options.temperatures[index] == 0 and options.beam_size is not None
-
-
 def _strategy(options: DecodeOptions, index: int) -> dict[str, Any]:
     """How to search, in CTranslate2's words.
 
-    A score is Σ log p / length ** penalty; the sum contains the end token, the length does not. Beam search keeps the penalty
-    of 1, because without one it stops at the first sequence that ends.
+    A score is Σ log p / length ** penalty; the sum contains the end token, the length does not. Without a penalty scores are
+    the sums, and all that ended is asked for, so that it can be ranked by our rules.
     """
     temperature = options.temperatures[index]
-    if _beam(options, index):
+    if temperature == 0 and options.beam_size is not None:
+        patience = options.patience or 1.0
         return {
             "beam_size": options.beam_size,
-            "patience": options.patience or 1.0,
-            "num_hypotheses": options.beam_size,
-            "length_penalty": 1,
+            # With neither patience nor penalty it would stop at the first sequence that ends.
+            "patience": ALMOST_NO_PATIENCE if patience == 1 else patience,
+            "num_hypotheses": max(int(options.beam_size * patience), 1),
+            "length_penalty": 0,
         }
     if temperature == 0:
         return {"beam_size": 1, "length_penalty": 0}
