@@ -11,7 +11,6 @@ import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -51,7 +50,7 @@ def measure(
     from runners.base import open_runner
 
     artifact = Artifact.open(folder)
-    runner: Any = open_runner(artifact.manifest.target, folder, threads)
+    runner = open_runner(artifact.manifest.target, folder, threads)
     bundle = Bundle.read(folder)
     policy = DecodeOptions(max_new_tokens=tokens, no_speech_threshold=None)
     sequential = TranscribeOptions(policy, condition_on_previous_text=False)

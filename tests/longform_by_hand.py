@@ -44,9 +44,9 @@ def main(
     """Run the comparison."""
     torch.set_num_threads(1)
     checkpoint = Checkpoint.open(model)
-    oracle = openai_oracle.model(checkpoint, [(0, 0)])
+    oracle = openai_oracle.model(checkpoint, checkpoint.alignment_heads)
     target = Artifact.open(artifact).manifest.target if artifact else "pytorch"
-    runner: Any = open_runner(target, artifact or checkpoint.path, 1)
+    runner = open_runner(target, artifact or checkpoint.path, 1)
     bundle = Bundle(load_tokenizer(checkpoint.path), audio.mel_filters(checkpoint.dims.n_mels))
     temperatures = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0) if fallback else (0.0,)
     suppressed = checkpoint.generation["suppress_tokens"]
