@@ -37,7 +37,8 @@ class Manifest(Frozen):
     """Everything that a runner, or a person, needs to know about an artifact.
 
     ``build_key`` identifies the inputs (checkpoint, target, precision, exporter source, tool versions): an artifact with the
-    key of today's inputs is up to date.
+    key of today's inputs is up to date. ``target`` is ``<target>.<layout>`` where the files have the form that another client
+    loads.
     """
 
     schema_version: Literal[1] = 1

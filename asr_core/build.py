@@ -81,7 +81,9 @@ class Staged:
 def build_key(checkpoint: Checkpoint, target: str, precision: str) -> str:
     """SHA-256 over everything that decides the bytes: checkpoint, target, precision, our sources and the tools' versions."""
     core = Path(__file__).parent
-    sources = [core / name for name in SHARED_SOURCES] + [registry.source("exporters", target)]
+    # A layout is made of its target's own exporter.
+    own = dict.fromkeys(registry.source("exporters", name) for name in (target.partition(registry.LAYOUT)[0], target))
+    sources = [*(core / name for name in SHARED_SOURCES), *own]
     inputs = {
         "fingerprint": checkpoint.fingerprint,
         "target": target,

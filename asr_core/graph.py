@@ -99,8 +99,12 @@ class Encoder(nn.Module):
 
     def forward(self, mel: Tensor) -> Tensor:
         """Encode float [B, n_mels, 2F] log-mel into float [B, F, D] states."""
+        return self.encode(mel, self.embed_positions.weight)
+
+    def encode(self, mel: Tensor, positions: Tensor) -> Tensor:
+        """The same with the embedding of the positions [F, D] given: of fewer than a window's where the mel is shorter."""
         x = F.gelu(self.conv2(F.gelu(self.conv1(mel))))
-        x = x.transpose(1, 2) + self.embed_positions.weight
+        x = x.transpose(1, 2) + positions
         for layer in self.layers:
             x = layer(x)
         states: Tensor = self.layer_norm(x)
@@ -208,6 +212,44 @@ class DynamicStep(nn.Module):
             x = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
             new += [k_new, v_new]
         return (self.decoder.logits(x), *new)
+
+
+class GrowingStep(nn.Module):
+    """Decoder step in the form that Hugging Face's clients pass a cache: [B, H, P, E] in, the whole [B, H, P + T, E] out."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, tokens: Tensor, past: Sequence[Tensor], cross: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Tokens int [B, T]; past 2L × [B, H, P, E]; cross 2L × [B, H, F, E] → (logits [B, T, vocab], 2L × [B, H, P + T, E])."""
+        p = past[0].shape[2]
+        t = tokens.shape[1]
+        positions = torch.arange(p, p + t, device=tokens.device)
+        mask = (torch.arange(p + t, device=tokens.device)[None, :] > positions[:, None]) * MASKED
+        x = self.decoder.embed(tokens, positions)
+        mask = mask.to(x.dtype)
+        present: list[Tensor] = []
+        for i, layer in enumerate(self.decoder.blocks):
+            h = layer.self_attn_layer_norm(x)
+            new = layer.self_attn.keys_values(h)
+            k, v = (torch.cat([old, rows], 2) for old, rows in zip(past[2 * i : 2 * i + 2], new, strict=True))
+            x = x + layer.self_attn.output(attend(layer.self_attn.query(h), k, v, mask))
+            x = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
+            present += [k, v]
+        return (self.decoder.logits(x), *present)
+
+
+class CrossKeysValues(nn.Module):
+    """Encoder states → the cross-attention K/V of every decoder layer, where a graph of its own computes them."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, states: Tensor) -> tuple[Tensor, ...]:
+        """[B, F, D] → (k0, v0, k1, v1, …), [B, H, F, E] each."""
+        return tuple(self.decoder.cross_keys_values(states))
 
 
 def load_weights(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:

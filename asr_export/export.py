@@ -45,15 +45,16 @@ class Job:
 @click.option("--model", default="reference", show_default=True, help="Checkpoint folder, hub id, or 'reference' (carried).")
 @click.option("--target", required=True, help="One of the targets (an unknown one lists them), or 'all'.")
 @click.option("--precision", default="all", show_default=True, help="One of the target's precisions, or 'all'.")
+@click.option("--layout", help="The form that another client loads (an unknown one lists the target's) [ours].")
 @click.option("--out", default="artifacts", show_default=True, type=click.Path(path_type=Path), help="Root of the output.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Exports at a time.")
 @click.option("--force", is_flag=True, help="Export again even where an artifact is up to date.")
 @handle_errors
-def main(model: str, target: str, precision: str, out: Path, jobs: int, *, force: bool) -> None:
+def main(model: str, target: str, precision: str, layout: str | None, out: Path, jobs: int, *, force: bool) -> None:
     """Run the command."""
     from asr_core.checkpoint import Checkpoint
 
-    planned = plan(target, precision)
+    planned = plan(target, precision, layout)
     require_any({name for name, _ in planned})
     checkpoint = Checkpoint.open(model)
     failures = []
@@ -73,11 +74,17 @@ def main(model: str, target: str, precision: str, out: Path, jobs: int, *, force
         raise SystemExit(failures[0].exit_code)
 
 
-def plan(target: str, precision: str) -> list[tuple[str, str]]:
-    """Targets and precisions that the options name; raises :class:`~asr_core.errors.UsageError` for unknown ones."""
+def plan(target: str, precision: str, layout: str | None = None) -> list[tuple[str, str]]:
+    """Targets and precisions that the options name; raises :class:`~asr_core.errors.UsageError` for unknown ones.
+
+    ``layout`` makes each target ``<target>.<layout>``; of all targets, those that have it.
+    """
     from asr_core import build, registry
 
     targets = registry.names("exporters") if target == "all" else [target]
+    if layout:
+        having = [name for name in targets if layout in registry.layouts("exporters", name)]
+        targets = [f"{name}{registry.LAYOUT}{layout}" for name in having or targets]
     pairs = []
     for name in targets:
         precisions = build.exporter(name).PRECISIONS if precision == "all" else (precision,)
