@@ -19,7 +19,7 @@ from parity.statistics import Edits, Interval, Verdict
 from parity.suite import first_difference
 from parity.weights import Probe
 
-Normalise = Callable[[str], str]
+Normalise = Callable[[str, str], str]  # of a text, in a language
 Bounds = Mapping[str, Mapping[str, Any]]
 # What means nothing where something else than the runtime does its work.
 TIMINGS = (
@@ -179,9 +179,10 @@ def costs(folder: Path, utterances: list[Utterance]) -> Costs:
     )
 
 
-def texts(folder: Path, normalise: Normalise) -> list[str]:
+def texts(folder: Path, utterances: list[Utterance], normalise: Normalise) -> list[str]:
     """The normalised transcripts of a measurement."""
-    return [normalise(row["text"]) for row in measure.read_decoded(folder)]
+    rows = zip(measure.read_decoded(folder), utterances, strict=True)
+    return [normalise(row["text"], utterance.language) for row, utterance in rows]
 
 
 def compare(
@@ -252,8 +253,8 @@ class Heard:
 
 
 def _heard(reference: Path, candidate: Path, utterances: list[Utterance], normalise: Normalise) -> Heard:
-    spoken = [normalise(utterance.text) for utterance in utterances]
-    expected, heard = texts(reference, normalise), texts(candidate, normalise)
+    spoken = [normalise(utterance.text, utterance.language) for utterance in utterances]
+    expected, heard = (texts(folder, utterances, normalise) for folder in (reference, candidate))
     words = word_errors(spoken, expected), word_errors(spoken, heard)
     characters = character_errors(spoken, expected), character_errors(spoken, heard)
     deltas = statistics.delta_interval(*words), statistics.delta_interval(*characters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,13 @@ UTTERANCES = "utterances.json"
 
 @dataclass(frozen=True)
 class Utterance:
-    """One clip and what was said in it; ``duration`` in seconds."""
+    """One clip and what was said in it; ``duration`` in seconds, ``language`` as Whisper's code."""
 
     id: str
     path: Path
     text: str
     duration: float = 0.0
+    language: str = "en"
 
 
 def read(source: Path) -> list[Utterance]:
@@ -57,11 +58,16 @@ def prepare(utterances: list[Utterance], n_mels: int, folder: Path) -> list[Utte
             mels[i] = audio.log_mel(samples, filters)
         except AudioError as error:
             raise AudioError(f"{utterance.path}: {error}") from None
-        prepared.append(Utterance(utterance.id, utterance.path, utterance.text, len(samples) / audio.SAMPLE_RATE))
+        prepared.append(replace(utterance, duration=len(samples) / audio.SAMPLE_RATE))
     mels.flush()
     rows = [asdict(utterance) | {"path": str(utterance.path)} for utterance in prepared]
     (folder / UTTERANCES).write_text(json.dumps(rows), encoding="utf-8")
     return prepared
+
+
+def languages(folder: Path) -> list[str]:
+    """The language of every prepared utterance, in their order."""
+    return [row["language"] for row in json.loads((folder / UTTERANCES).read_text(encoding="utf-8"))]
 
 
 def _nemo(manifest: Path) -> Iterator[Utterance]:
@@ -71,7 +77,7 @@ def _nemo(manifest: Path) -> Iterator[Utterance]:
         try:
             entry = json.loads(line)
             path = manifest.parent / entry["audio_filepath"]
-            yield Utterance(path.stem, path, entry["text"])
+            yield Utterance(path.stem, path, entry["text"], language=entry.get("lang", "en"))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UsageError(f"{manifest}, line {number}: not a NeMo manifest entry ({error}).") from error
 

@@ -47,16 +47,16 @@ def measure(
     whether its time is that of the runtime; and, where ``level`` is given, what came out of the failure classes.
     """
     mels = np.load(Path(work) / data.MELS, mmap_mode="r")
-    options = DecodeOptions(max_new_tokens=max_new_tokens)
+    policies = [DecodeOptions(language=language, max_new_tokens=max_new_tokens) for language in data.languages(Path(work))]
     source = Path(path)
     size_mb = _checkpoint_mb(source) if reference is None else Artifact.open(source).size_mb
     started = time.perf_counter()
     runner = open_runner(target, source, threads)
     load_s = time.perf_counter() - started
-    runner.generate(np.array(mels[:1]), options)  # warm-up: allocations and lazy compilation are not the speed
+    runner.generate(np.array(mels[:1]), policies[0])  # warm-up: allocations and lazy compilation are not the speed
     tokenizer = load_tokenizer(source)
     with (Path(folder) / DECODED).open("w", encoding="utf-8") as stream:
-        for i, mel in enumerate(mels):
+        for i, (mel, options) in enumerate(zip(mels, policies, strict=True)):
             if reference is None:
                 decoded, margins = with_margins(runner, np.array(mel[None]), options)
                 extra = {"margins": margins}
@@ -67,7 +67,8 @@ def measure(
     forced = read_decoded(Path(reference or folder))
     progress("probes")
     for i in probes:
-        _score(runner, np.array(mels[i : i + 1]), forced[i]["tokens"], weights_file(Path(folder), i))
+        prompt = runner.tokens.prompt(policies[i].language)
+        _score(runner, np.array(mels[i : i + 1]), prompt, forced[i]["tokens"], weights_file(Path(folder), i))
     costs = _costs(runner, load_s, size_mb)
     if level:
         progress("failure classes")
@@ -94,15 +95,16 @@ def read_decoded(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / DECODED).read_text(encoding="utf-8").splitlines()]
 
 
-def policy(tokens: TokenIds, options: DecodeOptions) -> dict[str, Any]:
+def policy(tokens: TokenIds, languages: list[str], max_new_tokens: int | None) -> dict[str, Any]:
     """The decode policy that every free-running figure was measured under, as JSON-able data."""
+    options = DecodeOptions(max_new_tokens=max_new_tokens)
     return {
         "search": "greedy",
         "temperature_fallback": False,
-        "language": options.language,
+        "languages": languages,
         "task": options.task,
         "timestamps": False,
-        "prompt": tokens.prompt(options.language, options.task),
+        "prompts": [tokens.prompt(language, options.task) for language in languages],
         "suppress_tokens": tokens.suppress,
         "begin_suppress_tokens": tokens.begin_suppress,
         "max_new_tokens": options.max_new_tokens or tokens.max_new_tokens,
@@ -117,6 +119,8 @@ class _Watched:
     def __init__(self, runner: StepRunner) -> None:
         self.runner = runner
         self.tokens = runner.tokens
+        self.dims = runner.dims
+        self.text = runner.text
         self.seen: list[Logits] = []
 
     def encode(self, mel: Mel) -> Any:
@@ -133,6 +137,10 @@ class _Watched:
         """As the runner's."""
         return self.runner.reorder(state, rows)
 
+    def restart(self, state: Any, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
+        """As the runner's."""
+        return self.runner.restart(state, rows)
+
 
 def with_margins(runner: Runner, mel: Mel, options: DecodeOptions) -> tuple[Decoded, list[float]]:
     """Decode one window with PyTorch, whose steps return memory of their own, and tell the top-2 logit margin of every step.
@@ -142,16 +150,15 @@ def with_margins(runner: Runner, mel: Mel, options: DecodeOptions) -> tuple[Deco
     if not isinstance(runner, StepRunner):
         raise TypeError("the reference runner steps")
     watched = _Watched(runner)
-    decoded = decode.greedy(watched, mel, options)[0]
-    filters = decode.filters_for(runner.tokens)
+    decoded = decode.generate(watched, mel, options)[0]
+    filters = decode.filters_for(runner.tokens, options)
     for produced, logits in enumerate(watched.seen):
         for logit_filter in filters:
-            logit_filter.apply(logits, produced)
+            logit_filter.apply(logits, [decoded.tokens[:produced]])
     return decoded, [float(top2_margin(logits[0])) for logits in watched.seen]
 
 
-def _score(runner: Runner, mel: np.ndarray[Any, np.dtype[np.float32]], tokens: list[int], file: Path) -> None:
-    prompt = runner.tokens.prompt()
+def _score(runner: Runner, mel: Mel, prompt: list[int], tokens: list[int], file: Path) -> None:
     logits = runner.score(mel, [*prompt, *tokens])
     arrays = {"encoder": runner.encoder_states(mel)[0]}
     if logits is not None:

@@ -12,7 +12,6 @@ from asr_core import artifact, isolate, registry
 from asr_core.artifact import MANIFEST, Artifact
 from asr_core.build import FAILED, FAILED_REASON, PARTIAL, REPLACED
 from asr_core.checkpoint import Checkpoint
-from asr_core.decode import DecodeOptions
 from asr_core.errors import ArtifactError, GateError, UnavailableError
 from asr_core.isolate import Outcome
 from asr_core.tokens import TokenIds
@@ -134,9 +133,10 @@ class Session:
 
     def _context(self) -> dict[str, Any]:
         tokens = TokenIds.read(self.checkpoint.path, self.checkpoint.generation, self.checkpoint.dims.n_text_ctx)
+        languages = sorted({utterance.language for utterance in self.utterances})
         steps = (margin for row in measure.read_decoded(self.reference) for margin in row["margins"])
         return {
-            "policy": measure.policy(tokens, DecodeOptions(max_new_tokens=self.max_new_tokens)),
+            "policy": measure.policy(tokens, languages, self.max_new_tokens),
             "calibration": self.calibration.document(steps) if self.calibration else None,
             "statistics": statistics.describe(),
         }
@@ -214,19 +214,18 @@ def discover(root: Path, checkpoint: str) -> list[Path]:
 
 
 def normaliser(checkpoint: Checkpoint) -> Normalise:
-    """Whisper's text normaliser: the English one with the checkpoint's spelling map, or a plain fold where it carries none."""
+    """Whisper's text normalisers: the English one with the checkpoint's spelling map, the plain fold for other languages.
+
+    Where the checkpoint carries no map, English is folded too.
+    """
     import json
 
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
     spelling = checkpoint.path / "normalizer.json"
-    if not spelling.exists():
-        return _stripped(BasicTextNormalizer())
-    return _stripped(EnglishTextNormalizer(json.loads(spelling.read_text(encoding="utf-8"))))
-
-
-def _stripped(normalise: Normalise) -> Normalise:
-    return lambda text: normalise(text).strip()
+    fold = BasicTextNormalizer()
+    english = EnglishTextNormalizer(json.loads(spelling.read_text(encoding="utf-8"))) if spelling.exists() else fold
+    return lambda text, language: str((english if language == "en" else fold)(text)).strip()
 
 
 def _name_of(path: Path) -> tuple[str, str]:

@@ -20,15 +20,16 @@ def has_client(target: str) -> bool:
     return target in registry.names(CLIENTS)
 
 
-def hear(target: str, path: str, files: list[str], threads: int) -> dict[str, Any]:
-    """The client's texts of some audio files; raises :class:`UnavailableError` where it isn't installed."""
+def hear(target: str, path: str, files: list[str], languages: list[str], threads: int) -> dict[str, Any]:
+    """The client's texts of some audio files, told their languages; raises :class:`UnavailableError` where it isn't installed."""
     client = registry.load(CLIENTS, target)
     try:
         metadata.version(client.CLIENT)
     except metadata.PackageNotFoundError:
         raise UnavailableError(f"the witness {client.CLIENT} is not installed: pip install {client.CLIENT}") from None
     transcribe = client.open(Path(path), threads)
-    return {"texts": [transcribe(audio.load_audio(file)) for file in files]}
+    spoken = zip(files, languages, strict=True)
+    return {"texts": [transcribe(audio.load_audio(file), language) for file, language in spoken]}
 
 
 def testify(
@@ -36,7 +37,9 @@ def testify(
 ) -> Row:
     """The client's row: its texts against those of our own runner, whose measurement lies in ``measured``, letter by letter."""
     name = registry.load(CLIENTS, target).CLIENT
-    arguments = {"target": target, "path": str(path), "files": [str(utterances[i].path) for i in probes], "threads": threads}
+    heard = [utterances[i] for i in probes]
+    files, languages = [str(one.path) for one in heard], [one.language for one in heard]
+    arguments = {"target": target, "path": str(path), "files": files, "languages": languages, "threads": threads}
     outcome = isolate.run("parity.witness:hear", arguments, threads=threads)
     if outcome.status != "ok":
         status = "unavailable" if isinstance(outcome.error, UnavailableError) else "crashed"

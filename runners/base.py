@@ -6,8 +6,10 @@ A runner is a module with ``open(path, threads) -> Runner``. It reads the artifa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +17,10 @@ from numpy.typing import NDArray
 from asr_core import decode, registry
 from asr_core.checkpoint import Dims
 from asr_core.decode import Decoded, DecodeOptions, Logits, Mel
-from asr_core.tokens import TokenIds
+from asr_core.tokens import TokenIds, load_tokenizer, written_out
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 class Runner(Protocol):
@@ -37,6 +42,12 @@ class Runner(Protocol):
     def generate(self, mel: Mel, options: DecodeOptions) -> list[Decoded]:
         """Decode a batch of windows, float32 [B, n_mels, 3000]."""
 
+    def detect_language(self, mel: Mel) -> list[dict[str, float]]:
+        """The probability of every language by code, for each window of float32 [B, n_mels, 3000].
+
+        A model without language tokens is sure that it hears English.
+        """
+
     def score(self, mel: Mel, tokens: list[int]) -> Logits | None:
         """Teacher-forced logits float32 [T, vocab] of one window [1, n_mels, 3000]; None where the runtime has none to show."""
 
@@ -44,7 +55,21 @@ class Runner(Protocol):
         """Free the model."""
 
 
-class StepRunner(ABC):
+class Written:
+    """A runner that can read the tokenizer of its folder, which it does when first asked for text."""
+
+    folder: Path
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.folder)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones written out and timestamps left out."""
+        return written_out(self._tokenizer, tokens)
+
+
+class StepRunner(Written, ABC):
     """A runner over a runtime that exposes single decode steps; subclasses implement :class:`asr_core.decode.Stepper`."""
 
     decoder = "step"
@@ -63,7 +88,14 @@ class StepRunner(ABC):
 
     @abstractmethod
     def reorder(self, state: Any, rows: NDArray[np.int64]) -> Any:
-        """The state of the given batch rows, in their order (rows may repeat or be left out)."""
+        """The state of the given batch rows, in their order (rows may repeat or be left out); ``state`` itself ends here."""
+
+    @abstractmethod
+    def restart(self, state: Any, rows: NDArray[np.int64]) -> Any:
+        """A state at position 0 over the given windows of ``state``, without encoding them again (rows may repeat).
+
+        ``state`` is one that :meth:`encode` gave, however far it and what followed from it have gone since.
+        """
 
     @abstractmethod
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
@@ -71,13 +103,17 @@ class StepRunner(ABC):
 
     def generate(self, mel: Mel, options: DecodeOptions) -> list[Decoded]:
         """Decode a batch of windows with the shared loop."""
-        return decode.greedy(self, mel, options)
+        return decode.generate(self, mel, options)
+
+    def detect_language(self, mel: Mel) -> list[dict[str, float]]:
+        """The probability of every language by code, for each window of float32 [B, n_mels, 3000]."""
+        return decode.detect_language(self, self.encode(mel), len(mel))
 
     def score(self, mel: Mel, tokens: list[int]) -> Logits:
         """Teacher-forced logits of one window, through the same steps as decoding."""
         return decode.teacher_forced(self, self.encode(mel), tokens)
 
-    def close(self) -> None:  # noqa: B027 - most runtimes free the model with their objects
+    def close(self) -> None:
         """Free the model."""
 
 

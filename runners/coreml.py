@@ -95,6 +95,7 @@ class CoreMLRunner(StepRunner):
     timing_needs = f"macOS {STATELESS_MACOS}+"
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
+        self.folder = artifact.path
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
         inputs = [spec for spec in artifact.manifest.tensors if spec.graph == "decoder" and spec.role == "input"]
@@ -118,8 +119,15 @@ class CoreMLRunner(StepRunner):
         return logits
 
     def reorder(self, state: list[Row], rows: NDArray[np.int64]) -> list[Row]:
-        """Copy the caches; the cross-attention K/V are only read, so rows of one window share them."""
-        return [self._copy(state[row]) for row in rows]
+        """The chosen rows; one that is chosen again gets a copy of the cache, cross-attention K/V are shared."""
+        chosen: list[Row] = []
+        for row in (state[index] for index in rows):
+            chosen.append(self._copy(row) if any(row is other for other in chosen) else row)
+        return chosen
+
+    def restart(self, state: list[Row], rows: NDArray[np.int64]) -> list[Row]:
+        """The chosen windows, which share their cross-attention K/V; the caches start empty."""
+        return [self._empty(state[row].cross) for row in rows]
 
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
@@ -133,9 +141,11 @@ class CoreMLRunner(StepRunner):
 
     def _begin(self, window: Mel) -> Row:
         encoded = self._encode(window)
+        return self._empty({name: self._decoder.adopt(name, encoded[name]) for name in self._cross})
+
+    def _empty(self, cross: dict[str, Any]) -> Row:
         empty = {spec.name: np.zeros(tuple(map(int, spec.shape)), spec.dtype) for spec in self._past}
         past = {name: self._decoder.adopt(name, rows) for name, rows in empty.items()}
-        cross = {name: self._decoder.adopt(name, encoded[name]) for name in self._cross}
         memory = None if past else self._decoder.make_state()
         return Row(0, cross, past, memory)
 

@@ -41,6 +41,7 @@ class NcnnRunner(StepRunner):
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         manifest = artifact.manifest
+        self.folder = artifact.path
         self.dims = manifest.dims
         self.tokens = manifest.tokens
         self._encoder = self._open(artifact.path, "encoder", threads)
@@ -53,8 +54,7 @@ class NcnnRunner(StepRunner):
 
     def encode(self, mel: Mel) -> list[Row]:
         """Run the encoder and keep the cross-attention K/V; the caches start empty."""
-        nothing = _mat(np.zeros((self.dims.decoder_heads, 1, self.dims.head_dim), np.float32))
-        past = dict.fromkeys(self._past, nothing)
+        past = self._nothing()
         return [Row(0, past, _run(self._encoder, {"mel": _mat(window)}, self._cross)) for window in mel]
 
     def step(self, tokens: NDArray[np.int64], state: list[Row]) -> Logits:
@@ -65,10 +65,20 @@ class NcnnRunner(StepRunner):
         """The chosen rows; they share their tensors."""
         return [Row(row.position, row.past, row.cross) for row in (state[index] for index in rows)]
 
+    def restart(self, state: list[Row], rows: NDArray[np.int64]) -> list[Row]:
+        """The chosen windows, which share their cross-attention K/V; the caches start empty."""
+        past = self._nothing()
+        return [Row(0, past, state[row].cross) for row in rows]
+
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
         name = "encoder_states"
         return np.stack([np.array(_run(self._encoder, {"mel": _mat(window)}, [name])[name]) for window in mel])
+
+    def _nothing(self) -> Mats:
+        """A past of no tokens."""
+        nothing = _mat(np.zeros((self.dims.decoder_heads, 1, self.dims.head_dim), np.float32))
+        return dict.fromkeys(self._past, nothing)
 
     def _open(self, folder: Path, name: str, threads: int) -> Any:
         return _network(folder, name, threads)

@@ -23,17 +23,20 @@ class State:
     """Per-layer K and V by input name: cache rows [n_text_ctx, B, H, E], valid before ``position``, and cross [B, H, F, E].
 
     The cache's first axis is time, so that the rows seen so far are one piece of memory that the runtime reads in place.
+    ``origin`` [B] tells which encoded window each row is.
     """
 
     position: int
     past: dict[str, NDArray[Any]]
     cross: dict[str, NDArray[Any]]
+    origin: NDArray[np.int64]
 
 
 class OnnxRunner(StepRunner):
     """The encoder's and the decoder step's sessions over one artifact."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
+        self.folder = artifact.path
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
         self._encoder = self._open(artifact.path / "encoder.onnx", threads)
@@ -48,9 +51,7 @@ class OnnxRunner(StepRunner):
     def encode(self, mel: Mel) -> State:
         """Run the encoder and keep the cross-attention K/V; the cache starts empty."""
         cross = self._encoder.run(self._cross, {"mel": np.ascontiguousarray(mel)})
-        shape = (self.dims.n_text_ctx, len(mel), self.dims.decoder_heads, self.dims.head_dim)
-        past = {name: np.empty(shape, self._cache_dtype) for name in self._past}
-        return State(0, past, dict(zip(self._cross, cross, strict=True)))
+        return self._begin(dict(zip(self._cross, cross, strict=True)), len(mel))
 
     def step(self, tokens: NDArray[np.int64], state: State) -> Logits:
         """Run the decoder over the new tokens and add their K/V rows to the cache."""
@@ -64,16 +65,29 @@ class OnnxRunner(StepRunner):
         return result
 
     def reorder(self, state: State, rows: NDArray[np.int64]) -> State:
-        """Gather batch rows of the cache and of the cross-attention K/V."""
+        """Gather batch rows of the cache and, where rows change their window, of the cross-attention K/V."""
         past = {name: np.empty((len(old), len(rows), *old.shape[2:]), old.dtype) for name, old in state.past.items()}
         for name, old in state.past.items():
             past[name][: state.position] = old[: state.position, rows]
-        return State(state.position, past, {name: old[rows] for name, old in state.cross.items()})
+        origin = state.origin[rows]
+        same = np.array_equal(origin, state.origin)
+        cross = state.cross if same else {name: old[rows] for name, old in state.cross.items()}
+        return State(state.position, past, cross, origin)
+
+    def restart(self, state: State, rows: NDArray[np.int64]) -> State:
+        """Gather the windows' cross-attention K/V; the cache starts empty."""
+        same = np.array_equal(rows, state.origin)
+        return self._begin(state.cross if same else {name: old[rows] for name, old in state.cross.items()}, len(rows))
 
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
         states: NDArray[np.float32] = self._encoder.run(["encoder_states"], {"mel": np.ascontiguousarray(mel)})[0]
         return states
+
+    def _begin(self, cross: dict[str, NDArray[Any]], batch: int) -> State:
+        shape = (self.dims.n_text_ctx, batch, self.dims.decoder_heads, self.dims.head_dim)
+        past = {name: np.empty(shape, self._cache_dtype) for name in self._past}
+        return State(0, past, cross, np.arange(batch))
 
     def _open(self, model: Path, threads: int) -> Any:
         return ort.InferenceSession(str(model), session_options(threads), providers=PROVIDERS)

@@ -36,6 +36,7 @@ class OpenVINORunner(StepRunner):
     """Encoder and stateful decoder, one request each: only the newest state can go on."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
+        self.folder = artifact.path
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
         self._encoder = self._open(artifact.path / ENCODER, threads)
@@ -44,9 +45,7 @@ class OpenVINORunner(StepRunner):
 
     def encode(self, mel: Mel) -> State:
         """Run the encoder and empty the decoder."""
-        windows = self.encoder_states(mel)
-        self._decoder.reset_state()
-        return self._continue_with(State(windows, np.arange(len(mel)), np.arange(len(mel), dtype=np.int32)))
+        return self._begin(self.encoder_states(mel))
 
     def step(self, tokens: NDArray[np.int64], state: State) -> Logits:
         """One pass of the decoder over the new tokens."""
@@ -73,6 +72,10 @@ class OpenVINORunner(StepRunner):
                     held.reset()
         return self._continue_with(State(windows, origin, state.past[rows]))
 
+    def restart(self, state: State, rows: NDArray[np.int64]) -> State:
+        """Empty the decoder; it projects the windows anew."""
+        return self._begin(state.windows[rows])
+
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
         mel = np.ascontiguousarray(mel)
@@ -83,6 +86,10 @@ class OpenVINORunner(StepRunner):
 
     def _open(self, file: Path, threads: int) -> Any:
         return request(file, threads)
+
+    def _begin(self, windows: NDArray[np.float32]) -> State:
+        self._decoder.reset_state()
+        return self._continue_with(State(windows, np.arange(len(windows)), np.arange(len(windows), dtype=np.int32)))
 
     def _continue_with(self, state: State) -> State:
         self._decoder.set_tensor("encoder_hidden_states", ov.Tensor(state.windows, shared_memory=True))

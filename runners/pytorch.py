@@ -25,10 +25,11 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 @dataclass
 class State:
-    """Encoder states [B, 1500, D] and transformers' cache."""
+    """Encoder states [B, 1500, D], transformers' cache, and of each row which encoded window it is, [B]."""
 
     encoded: torch.Tensor
     cache: Any
+    origin: NDArray[np.int64]
 
 
 class PyTorchRunner(StepRunner):
@@ -39,6 +40,7 @@ class PyTorchRunner(StepRunner):
     ) -> None:
         torch.set_num_threads(threads)
         disable_progress_bar()
+        self.folder = checkpoint.path
         self.dims = checkpoint.dims
         self.tokens = TokenIds.read(checkpoint.path, checkpoint.generation, checkpoint.dims.n_text_ctx)
         self.model = WhisperForConditionalGeneration.from_pretrained(
@@ -51,7 +53,7 @@ class PyTorchRunner(StepRunner):
         """Run the encoder; the cache starts empty."""
         features = torch.from_numpy(np.ascontiguousarray(mel)).to(self.model.dtype)
         encoded = self.model.model.encoder(features).last_hidden_state
-        return State(encoded, None)
+        return State(encoded, None, np.arange(len(mel)))
 
     @torch.inference_mode()
     def step(self, tokens: NDArray[np.int64], state: State) -> Logits:
@@ -67,12 +69,19 @@ class PyTorchRunner(StepRunner):
         return logits
 
     def reorder(self, state: State, rows: NDArray[np.int64]) -> State:
-        """Select rows of the encoder states and of both caches."""
+        """Select rows of the cache and, where rows change their window, of all that belongs to windows."""
         index = torch.from_numpy(rows)
         cache: EncoderDecoderCache = state.cache
         cache.self_attention_cache.batch_select_indices(index)
+        origin = state.origin[rows]
+        if np.array_equal(origin, state.origin):
+            return State(state.encoded, cache, origin)
         cache.cross_attention_cache.batch_select_indices(index)
-        return State(state.encoded[index], cache)
+        return State(state.encoded[index], cache, origin)
+
+    def restart(self, state: State, rows: NDArray[np.int64]) -> State:
+        """The same encoder states, with a new cache."""
+        return State(state.encoded[torch.from_numpy(rows)], None, np.arange(len(rows)))
 
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""

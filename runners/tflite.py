@@ -46,6 +46,7 @@ class TFLiteRunner(StepRunner):
     """
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
+        self.folder = artifact.path
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
         self._interpreter = self._open(artifact.path / "model.tflite", threads)
@@ -76,6 +77,10 @@ class TFLiteRunner(StepRunner):
             chosen.append(Row(row.position, {name: k.copy() for name, k in row.past.items()}, row.cross) if taken else row)
         return chosen
 
+    def restart(self, state: list[Row], rows: NDArray[np.int64]) -> list[Row]:
+        """The chosen windows, which share their cross-attention K/V; the caches start empty."""
+        return [self._begin(state[row].cross) for row in rows]
+
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
         return np.concatenate([self._call("encode", {"mel": window[None]})["encoder_states"] for window in mel])
@@ -86,6 +91,9 @@ class TFLiteRunner(StepRunner):
     def _encode_row(self, window: NDArray[np.float32]) -> Row:
         cross = self._call("encode", {"mel": window[None]})
         del cross["encoder_states"]
+        return self._begin(cross)
+
+    def _begin(self, cross: Arrays) -> Row:
         # Zeros, not whatever the memory holds: a mask hides numbers, but not a NaN.
         return Row(0, {name: np.zeros(shape, np.float32) for name, shape in self._past.items()}, cross)
 
@@ -131,7 +139,8 @@ class TFLiteRunner(StepRunner):
 
     def _make_resident(self, row: Row) -> None:
         if row is not self._resident:
-            for name, array in (row.past | row.cross).items():
+            same_window = self._resident is not None and self._resident.cross is row.cross
+            for name, array in (row.past if same_window else row.past | row.cross).items():
                 self._interpreter.set_tensor(self._inputs[name], array)
             self._resident = row
 

@@ -86,7 +86,7 @@ def work(tmp_path_factory, logits) -> Path:
 @pytest.fixture(scope="module")
 def document(work, trained) -> dict:
     utterances = [Utterance(f"clip-{i}", Path("clip.flac"), text, 2.0) for i, text in enumerate(SAID)]
-    behind = details.read(work, ROWS, utterances, str.lower)
+    behind = details.read(work, ROWS, utterances, lambda text, language: text.lower())
     return report.document(trained, utterances, ROWS, 1, details=behind)
 
 
