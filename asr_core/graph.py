@@ -243,7 +243,7 @@ class FixedStep(nn.Module):
     def forward(
         self, tokens: Tensor, keys: Tensor, values: Tensor, cross_keys: Tensor, cross_values: Tensor, offset: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens int [B, T] at ``offset`` int [1]; caches [L, B, n_text_ctx, D]; cross [L, B, F, D], heads not split in either."""
+        """Tokens int [B, T] at ``offset`` int [1]; caches [L, B, n_text_ctx, D]; cross [L, B, F, D]; heads are not split."""
         decoder = self.decoder
         positions = offset + torch.arange(tokens.shape[1], device=tokens.device)
         slots = torch.arange(decoder.dims.n_text_ctx, device=tokens.device)

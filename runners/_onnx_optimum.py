@@ -29,6 +29,7 @@ class OptimumRunner(StepRunner):
     """The encoder's and the merged decoder's sessions over one artifact."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
+        self.folder = artifact.path
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
         self._encoder = _open(artifact.path, "encoder_model", threads)
@@ -39,9 +40,7 @@ class OptimumRunner(StepRunner):
 
     def encode(self, mel: Mel) -> State:
         """Run the encoder; the caches are of length 0, as the first pass wants them."""
-        encoded = self.encoder_states(mel)
-        shape = (len(mel), self.dims.decoder_heads, 0, self.dims.head_dim)
-        return State(encoded, {name: np.zeros(shape, dtype) for name, dtype in self._inputs.items()})
+        return self._begin(self.encoder_states(mel))
 
     def step(self, tokens: NDArray[np.int64], state: State) -> Logits:
         """Run the decoder over the new tokens; it returns the caches that the next step passes."""
@@ -55,10 +54,18 @@ class OptimumRunner(StepRunner):
         """Gather batch rows of all caches."""
         return State(state.encoded[rows], {name: cache[rows] for name, cache in state.caches.items()}, state.fresh)
 
+    def restart(self, state: State, rows: NDArray[np.int64]) -> State:
+        """Gather the windows' encoder states; the caches are of length 0 again."""
+        return self._begin(state.encoded[rows])
+
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
         states: NDArray[np.float32] = self._encoder.run(None, {"input_features": np.ascontiguousarray(mel)})[0]
         return states
+
+    def _begin(self, encoded: NDArray[np.float32]) -> State:
+        shape = (len(encoded), self.dims.decoder_heads, 0, self.dims.head_dim)
+        return State(encoded, {name: np.zeros(shape, dtype) for name, dtype in self._inputs.items()})
 
 
 def _open(folder: Path, graph: str, threads: int) -> Any:

@@ -21,7 +21,7 @@ from runners.onnx import PROVIDERS, session_options
 
 @dataclass
 class State:
-    """The caches of K and V [L, B, n_text_ctx, D] of which ``position`` rows are valid, and the cross-attention's [L, B, F, D]."""
+    """K and V of the ``own`` attention [L, B, n_text_ctx, D], ``position`` rows of them valid, and of ``cross`` [L, B, F, D]."""
 
     position: int
     own: tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -32,6 +32,7 @@ class SherpaRunner(StepRunner):
     """The encoder's and the decoder's sessions over one artifact."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
+        self.folder = artifact.path
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
         _check_tokens(artifact.path, self.tokens.end)
@@ -41,8 +42,7 @@ class SherpaRunner(StepRunner):
     def encode(self, mel: Mel) -> State:
         """Run the encoder; the caches start as zeros."""
         keys, values = self._encoder.run(["n_layer_cross_k", "n_layer_cross_v"], {"mel": np.ascontiguousarray(mel)})
-        shape = (self.dims.decoder_layers, len(mel), self.dims.n_text_ctx, self.dims.d_model)
-        return State(0, (np.zeros(shape, np.float32), np.zeros(shape, np.float32)), (keys, values))
+        return self._begin((keys, values))
 
     def step(self, tokens: NDArray[np.int64], state: State) -> Logits:
         """Run the decoder over the new tokens; it returns the caches that the next step passes."""
@@ -65,10 +65,18 @@ class SherpaRunner(StepRunner):
         own = state.own[0][:, rows], state.own[1][:, rows]
         return State(state.position, own, (state.cross[0][:, rows], state.cross[1][:, rows]))
 
+    def restart(self, state: State, rows: NDArray[np.int64]) -> State:
+        """Gather the windows' cross-attention K and V; the caches are zeros again."""
+        return self._begin((state.cross[0][:, rows], state.cross[1][:, rows]))
+
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
         states: NDArray[np.float32] = self._encoder.run(["encoder_states"], {"mel": np.ascontiguousarray(mel)})[0]
         return states
+
+    def _begin(self, cross: tuple[NDArray[np.float32], NDArray[np.float32]]) -> State:
+        shape = (self.dims.decoder_layers, cross[0].shape[1], self.dims.n_text_ctx, self.dims.d_model)
+        return State(0, (np.zeros(shape, np.float32), np.zeros(shape, np.float32)), cross)
 
 
 def _check_tokens(folder: Path, end: int) -> None:
