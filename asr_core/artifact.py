@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from asr_core.checkpoint import Dims, Frozen
+from asr_core.dims import Dims, Frozen
 from asr_core.errors import ArtifactError
 from asr_core.tokens import TokenIds
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from asr_core import artifact, isolate, registry, tokens
+from asr_core import artifact, isolate, processes, registry, tokens
 from asr_core.artifact import MANIFEST, Artifact, Manifest, TensorSpec
 from asr_core.checkpoint import Checkpoint
 from asr_core.errors import ArtifactError, StorageError, UsageError
@@ -146,24 +146,13 @@ def stage(
 def clean(final: Path) -> None:
     """Remove what killed exports of this artifact left behind; bring back a good one that was being replaced."""
     for left in sorted(final.parent.glob(f".{final.name}.*-*")):
-        if _alive(int(left.name.rpartition("-")[2])):
+        pid = int(left.name.rpartition("-")[2])
+        if pid != os.getpid() and processes.alive(pid):
             continue
         if REPLACED in left.name and not final.exists():
             left.rename(final)
         else:
             shutil.rmtree(left)
-
-
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def export_in_process(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from asr_core.checkpoint import Dims
+from asr_core.dims import Dims
 from asr_core.errors import UsageError
 from asr_core.filters import LogitFilter, SuppressAtBegin, SuppressTokens, TimestampRules
 from asr_core.search import Beam, Sampling, Search, best_of, log_total

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from asr_core.checkpoint import Dims
+    from asr_core.dims import Dims
 
 # Large enough to vanish in a softmax, small enough for float16 (largest value 65504).
 MASKED = -1e4
@@ -242,7 +242,7 @@ class FixedStep(nn.Module):
 
     def forward(
         self, tokens: Tensor, keys: Tensor, values: Tensor, cross_keys: Tensor, cross_values: Tensor, offset: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Tokens int [B, T] at ``offset`` int [1]; caches [L, B, n_text_ctx, D]; cross [L, B, F, D]; heads are not split."""
         decoder = self.decoder
         positions = offset + torch.arange(tokens.shape[1], device=tokens.device)

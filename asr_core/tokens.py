@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asr_core import languages
-from asr_core.checkpoint import Frozen
+from asr_core.dims import Frozen
 from asr_core.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -105,17 +105,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The text of token ids, special and timestamp tokens left out, without surrounding blanks."""
-    # Timestamps are the last ids of the vocabulary, and Whisper's tokenizers do not mark them as special.
-    first_timestamp = tokenizer.token_to_id("<|0.00|>")
-    words = [i for i in ids if first_timestamp is None or i < first_timestamp]
-    return tokenizer.decode(words, skip_special_tokens=True).strip()
+    return tokenizer.decode(without_timestamps(tokenizer, ids), skip_special_tokens=True).strip()
 
 
 def written_out(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The text of token ids as openai-whisper has it: special tokens written out, timestamps left out, no blanks around."""
-    first_timestamp = tokenizer.token_to_id("<|0.00|>")
-    words = [i for i in ids if first_timestamp is None or i < first_timestamp]
-    return tokenizer.decode(words, skip_special_tokens=False).strip()
+    return tokenizer.decode(without_timestamps(tokenizer, ids), skip_special_tokens=False).strip()
+
+
+def without_timestamps(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """The ids that are not timestamps, which Whisper's tokenizers do not mark as special.
+
+    Timestamps end OpenAI's vocabularies; the words that fine-tuning adds come after them.
+    """
+    first, last = tokenizer.token_to_id("<|0.00|>"), tokenizer.token_to_id("<|30.00|>")
+    return [i for i in ids if first is None or last is None or not first <= i <= last]
 
 
 def non_speech_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from asr_core.errors import AsrExportError, GateError, UnavailableError
-from asr_export.cli import handle_errors, report, stage_progress
+from asr_export.cli import checkpoint_options, handle_errors, open_checkpoint, report, stage_progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -42,7 +42,7 @@ class Job:
 
 
 @click.command(help=__doc__, epilog="Exit codes: see the README, section 'Exit codes'.")
-@click.option("--model", default="reference", show_default=True, help="Checkpoint folder, hub id, or 'reference' (carried).")
+@checkpoint_options
 @click.option("--target", required=True, help="One of the targets (an unknown one lists them), or 'all'.")
 @click.option("--precision", default="all", show_default=True, help="One of the target's precisions, or 'all'.")
 @click.option("--layout", help="The form that another client loads (an unknown one lists the target's) [ours].")
@@ -50,13 +50,13 @@ class Job:
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Exports at a time.")
 @click.option("--force", is_flag=True, help="Export again even where an artifact is up to date.")
 @handle_errors
-def main(model: str, target: str, precision: str, layout: str | None, out: Path, jobs: int, *, force: bool) -> None:
+def main(
+    model: str, adapter: str | None, target: str, precision: str, layout: str | None, out: Path, jobs: int, *, force: bool
+) -> None:
     """Run the command."""
-    from asr_core.checkpoint import Checkpoint
-
     planned = plan(target, precision, layout)
     require_any({name for name, _ in planned})
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model, adapter)
     failures = []
     stale = []
     for name, chosen in planned:

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from asr_core import audio, registry
 from asr_core.artifact import TensorSpec
-from asr_core.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
+from asr_core.checkpoint import Checkpoint
 from asr_core.errors import ExportError
+from asr_core.folder import small_files
 from asr_core.isolate import Progress
 from exporters.coreml import NEIGHBOURS, Traceable, load_weights, package, problems
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from asr_core.checkpoint import Dims
+    from asr_core.dims import Dims
 
 # WhisperKit's caches and logits are float16.
 PRECISIONS = ("fp16", "int8")
@@ -43,9 +44,8 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
     ):
         progress(name)
         specs += package(name, describe(checkpoint), folder, weights, progress)
-    for name in (*CONFIG_FILES, *TOKENIZER_FILES):
-        if (checkpoint.path / name).exists():
-            (folder / name).write_bytes((checkpoint.path / name).read_bytes())
+    for file in small_files(checkpoint.path):
+        (folder / file.name).write_bytes(file.read_bytes())
     return specs
 
 
@@ -63,6 +63,11 @@ def _mel(checkpoint: Checkpoint) -> Traceable:
 
     class Mel(nn.Module):
         """Samples float32 [480000] → [1, n_mels, 1, 3000]."""
+
+        waves: Tensor
+        filters: Tensor
+        before: Tensor
+        after: Tensor
 
         def __init__(self) -> None:
             super().__init__()

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asr_core.artifact import TensorSpec
-from asr_core.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
+from asr_core.checkpoint import Checkpoint
+from asr_core.folder import small_files
 from asr_core.isolate import Progress
 from exporters.onnx import Shape, Traceable, draft, ship
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from asr_core.checkpoint import Dims
+    from asr_core.dims import Dims
 
 SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
 PRECISIONS = tuple(SUFFIX)
@@ -40,9 +41,8 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
 
 
 def _write_configuration(checkpoint: Checkpoint, folder: Path) -> None:
-    for name in (*CONFIG_FILES, *TOKENIZER_FILES):
-        if (checkpoint.path / name).exists():
-            (folder / name).write_bytes((checkpoint.path / name).read_bytes())
+    for file in small_files(checkpoint.path):
+        (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # Weights lie in files of their own, which transformers.js looks for only when told.
     config["transformers.js_config"] = {"use_external_data_format": True, "kv_cache_dtype": {"fp16": "float16"}}

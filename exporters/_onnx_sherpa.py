@@ -20,7 +20,7 @@ from exporters.onnx import Traceable, draft, ship
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from asr_core.checkpoint import Dims
+    from asr_core.dims import Dims
 
 NAME = "whisper"  # any will do: the client is told every file
 SUFFIX = {"fp32": "", "int8": ".int8"}

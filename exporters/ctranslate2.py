@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from asr_core.artifact import TensorSpec
-from asr_core.checkpoint import Checkpoint, Dims
+from asr_core.checkpoint import Checkpoint
+from asr_core.dims import Dims
 from asr_core.errors import ExportError
 from asr_core.isolate import Progress
 from asr_core.tokens import load_tokenizer

@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asr_core.artifact import TensorSpec
-from asr_core.checkpoint import EMBEDDING, Checkpoint, Dims, Weights, expected_shapes
+from asr_core.checkpoint import Checkpoint
+from asr_core.dims import EMBEDDING, Dims, expected_shapes
 from asr_core.errors import ExportError
 from asr_core.isolate import Progress
+from asr_core.weights import Weights
 
 if TYPE_CHECKING:
     import torch

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from asr_core.checkpoint import Checkpoint, Dims, Weights
+    from asr_core.checkpoint import Checkpoint
+    from asr_core.dims import Dims
+    from asr_core.weights import Weights
 
 PRECISIONS = ("fp32", "fp16", "int8")
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from asr_core.artifact import TensorSpec
-from asr_core.checkpoint import Checkpoint, Dims, expected_shapes
+from asr_core.checkpoint import Checkpoint
+from asr_core.dims import Dims, expected_shapes
 from asr_core.errors import ExportError
 from asr_core.isolate import Progress
 

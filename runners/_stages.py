@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asr_core import decode
-from asr_core.checkpoint import Dims
 from asr_core.decode import Logits, Mel
+from asr_core.dims import Dims
 from asr_core.errors import ArtifactError
 from runners.base import Runner, open_runner
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asr_core import decode, registry
-from asr_core.checkpoint import Dims
 from asr_core.decode import Decoded, DecodeOptions, Logits, Mel
+from asr_core.dims import Dims
 from asr_core.tokens import TokenIds, load_tokenizer, written_out
 
 if TYPE_CHECKING:

@@ -138,3 +138,10 @@ def _as_bytes(vocab: dict[str, int]) -> dict[bytes, int]:
     rest = (byte for byte in range(256) if byte not in printable)
     byte_of = {char: byte for byte, char in printable.items()} | dict(zip(shifted, rest, strict=True))
     return {bytes(byte_of[char] for char in token): index for token, index in vocab.items()}
+
+
+def transcribe(checkpoint: Checkpoint, model: Whisper, audio: np.ndarray, **options: Any) -> dict[str, Any]:
+    """openai's ``transcribe()``, float32 samples [n] at 16 kHz, with the checkpoint's vocabulary: text, segments, language."""
+    with policy_of(checkpoint):
+        result: dict[str, Any] = import_module("whisper.transcribe").transcribe(model, audio, fp16=False, **options)
+    return result
