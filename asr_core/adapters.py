@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,32 +92,37 @@ def _check_tokenizer(base: Checkpoint, folder: Path, config: dict[str, Any]) -> 
 
 def _merged(base: Checkpoint, folder: Path, config: dict[str, Any], file: Path) -> dict[str, torch.Tensor]:
     """The base's tensors with the adapter's changes added, under Hugging Face's names, float32."""
-    import torch
+    saved = _read(file)
+    # torchao is another converter's neighbour, and peft would ask it about every layer. What peft and transformers warn of
+    # is either their own future or an error here.
+    with registry.absent(["torchao"]), warnings.catch_warnings(action="ignore"):
+        merged, problems = _merge(base.path, folder, saved)
+    if problems:
+        raise _misfit(base, folder, config, problems)
+    return merged
 
-    # Another converter's neighbour: importing it costs seconds, and peft would ask it about every layer.
-    registry.import_alone("transformers.models.whisper.modeling_whisper", without=["torchao"])
-    registry.import_alone("peft", without=["torchao"])
+
+def _merge(base: Path, folder: Path, saved: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The merged tensors, or what is wrong."""
+    import torch
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from transformers import WhisperForConditionalGeneration
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    saved = _read(file)
-    model = WhisperForConditionalGeneration.from_pretrained(base.path, dtype=torch.float32, local_files_only=True)
+    model = WhisperForConditionalGeneration.from_pretrained(base, dtype=torch.float32, local_files_only=True)
     try:
         settings = PeftConfig.from_pretrained(str(folder))
         settings.inference_mode = True
-        settings.base_model_name_or_path = str(base.path)  # else peft warns that it is another
         adapted = get_peft_model(model, settings)
         problems = _problems(saved, get_peft_model_state_dict(adapted))
-        if not problems:
-            set_peft_model_state_dict(adapted, saved)
-            merged = adapted.merge_and_unload(safe_merge=True)
-            return {name: tensor.float() for name, tensor in merged.state_dict().items()}
-    except Exception as error:  # peft raises whatever its layers do: unknown types, targets that the base has not
-        problems = [" ".join(str(error).split())[:SHOWN_CHARACTERS] or type(error).__name__]
-        raise _misfit(base, folder, config, problems) from error
-    raise _misfit(base, folder, config, problems)
+        if problems:
+            return {}, problems
+        set_peft_model_state_dict(adapted, saved)
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except Exception as error:  # noqa: BLE001  # peft raises whatever its layers do: unknown types, targets that are not there
+        return {}, [" ".join(str(error).split())[:SHOWN_CHARACTERS] or type(error).__name__]
+    return {name: tensor.float() for name, tensor in merged.state_dict().items()}, []
 
 
 def _misfit(base: Checkpoint, folder: Path, config: dict[str, Any], problems: list[str]) -> CheckpointError:

@@ -41,7 +41,8 @@ def converted(name: str, inputs: Mapping[str, Any], write: Callable[[Path], list
     code = [hashlib.sha256((Path(__file__).parent / source).read_bytes()).hexdigest() for source in SOURCES]
     key = hashlib.sha256(json.dumps([inputs, code], sort_keys=True).encode()).hexdigest()
     final = cache_root() / "checkpoints" / f"{name}-{key[:16]}"
-    if not final.is_dir():
+    if not (final / REMARKS).exists():
+        shutil.rmtree(final, ignore_errors=True)  # somebody's half-removed copy
         _make(final, write)
     remarks = json.loads((final / REMARKS).read_text(encoding="utf-8"))
     return final, tuple(remarks)
@@ -62,7 +63,7 @@ def _make(final: Path, write: Callable[[Path], list[str]]) -> None:
         try:
             partial.rename(final)
         except OSError:
-            if not final.is_dir():  # else another process has just made the same one
+            if not (final / REMARKS).exists():  # else another process has just made the same one
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -86,15 +86,15 @@ class Decoded:
     """One utterance: token ids without prompt and end, their summed log-probability (the end's included).
 
     ``no_speech_prob`` is read at the start token; None where the model has no such token or the runtime does not tell.
-    ``timings`` are those of the batch that the utterance was decoded in. ``language`` is the code that it was decoded with,
-    None where the model has only one. ``temperature`` is the one that gave this answer.
+    ``timings`` are those of the batch that the utterance was decoded in. ``language`` is the code of the language that
+    it was decoded in, ``temperature`` the one that gave this answer.
     """
 
     tokens: list[int]
     sum_logprob: float
     no_speech_prob: float | None
     timings: Timings
-    language: str | None = None
+    language: str = "en"
     temperature: float = 0.0
 
     @property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from asr_core import folder as layout
 from asr_core.dims import EMBEDDING, HEAD
-from asr_core.errors import CheckpointError
+from asr_core.errors import CheckpointError, StorageError
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,7 @@ def to_safetensors(files: list[Path], folder: Path) -> None:
 def save(weights: dict[str, torch.Tensor], file: Path) -> list[str]:
     """Write tensors as safetensors and return their names; a head that is the embedding itself is left out."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if HEAD in weights and EMBEDDING in weights and torch.equal(weights[HEAD], weights[EMBEDDING]):
@@ -74,7 +75,10 @@ def save(weights: dict[str, torch.Tensor], file: Path) -> list[str]:
         # safetensors refuses two names for one memory.
         whole[name] = own.clone() if own.untyped_storage().data_ptr() in seen else own
         seen.add(own.untyped_storage().data_ptr())
-    save_file(whole, str(file), metadata={"format": "pt"})
+    try:
+        save_file(whole, str(file), metadata={"format": "pt"})
+    except SafetensorError as error:  # its name for whatever the file system refused
+        raise StorageError(f"{file} could not be written: {error}.") from error
     return list(whole)
 
 

@@ -10,7 +10,8 @@ import importlib.util
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -53,20 +54,26 @@ def load(package: str, name: str) -> ModuleType:
 
 
 def import_alone(name: str, *, without: Sequence[str]) -> ModuleType:
-    """Import a library that imports every neighbour it knows of, as if those in ``without`` were not installed.
+    """Import a library that imports every neighbour it knows of, as if those in ``without`` were not installed."""
+    with absent(without):
+        return importlib.import_module(name)
 
-    They would cost seconds and hundreds of megabytes, and two of them in one process can abort it. What the library logs of
-    their absence is silenced.
+
+@contextmanager
+def absent(packages: Sequence[str]) -> Iterator[None]:
+    """Let libraries believe that packages are not installed, and keep what they log of that to themselves.
+
+    Importing the packages would cost seconds and hundreds of megabytes, and two of them in one process can abort it.
     """
-    before = {module: sys.modules[module] for module in without if module in sys.modules}
-    absent: dict[str, Any] = dict.fromkeys(without)
+    before = {module: sys.modules[module] for module in packages if module in sys.modules}
+    nothing: dict[str, Any] = dict.fromkeys(packages)
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    sys.modules.update(absent)
+    sys.modules.update(nothing)
     try:
-        return importlib.import_module(name)
+        yield
     finally:
-        for module in without:
+        for module in packages:
             del sys.modules[module]
         sys.modules.update(before)
         logging.disable(disabled)

@@ -71,7 +71,7 @@ class TokenIds(Frozen):
         """
         code = self.code_of(language)
         last = [] if timestamps else [self.no_timestamps]
-        if code is None:
+        if not self.languages:
             if task != "transcribe":
                 raise UsageError(f"this model only transcribes English: task {task!r} is not for it.")
             return [self.start, *last]
@@ -79,8 +79,8 @@ class TokenIds(Frozen):
             raise UsageError(f"unknown task {task!r}; this model knows: {', '.join(sorted(self.tasks))}.")
         return [self.start, self.languages[code], self.tasks[task], *last]
 
-    def code_of(self, language: str | None) -> str | None:
-        """The code of a language given by code or by name (None means English); None where the model has only English.
+    def code_of(self, language: str | None) -> str:
+        """The code of a language that the model knows, given by code or by name; None means English.
 
         Raises :class:`UsageError` for a language that it does not know.
         """
@@ -89,7 +89,7 @@ class TokenIds(Frozen):
             raise UsageError(f"unknown language {language!r}; this model knows: {', '.join(sorted(self.languages))}.")
         if not self.languages and code != "en":
             raise UsageError(f"this model only transcribes English: language {language!r} is not for it.")
-        return code if self.languages else None
+        return code
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -22,6 +22,8 @@ from runners.base import Written
 # The type to compute in, by stored precision; where a CPU cannot, CTranslate2 would warn and choose one for us.
 COMPUTE_TYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8_float32"}
 
+ALMOST_NO_PATIENCE = 1 + 1e-6  # the next numbers after 1 in float32: as many sequences must end, but it isn't 1
+
 
 class CTranslate2Runner(Written):
     """A converted model on the CPU, with CTranslate2's own search."""
@@ -88,14 +90,15 @@ class CTranslate2Runner(Written):
 
     def _search(self, states: ctranslate2.StorageView, prompts: list[list[int]], options: DecodeOptions, index: int) -> list[Any]:
         """Every window's hypotheses at one of the temperatures, with scores that are sums of log-probabilities."""
-        given = len(prompts[0])
-        limit = decode.new_token_limit(self.tokens, options, given, self.dims.n_text_ctx)
+        # A prefix counts as generated: it follows the prompt, is part of the answer, and uses up its length.
+        forced = len(options.prefix)
+        limit = decode.new_token_limit(self.tokens, options, len(prompts[0]), self.dims.n_text_ctx)
         initial = decode.initial_timestamp_index(options)
         results: list[Any] = self._model.generate(
             states,
             prompts,
             **_strategy(options, index),
-            max_length=_max_length(limit, given),
+            max_length=_max_length(limit + forced, len(prompts[0]) - forced),
             max_initial_timestamp_index=self.dims.n_audio_ctx if initial is None else initial,
             suppress_tokens=list(self.tokens.suppress if options.suppress is None else options.suppress),
             suppress_blank=options.suppress_blank,  # the config's suppress_ids_begin: the same list as our begin_suppress
@@ -104,12 +107,9 @@ class CTranslate2Runner(Written):
         )
         return results
 
-    def _decoded(self, result: Any, options: DecodeOptions, index: int, timings: Timings, language: str | None) -> Decoded:
-        normalised = _beam(options, index)
-        candidates = [
-            Candidate(tuple(tokens), float(score) * (len(tokens) if normalised else 1))
-            for tokens, score in zip(result.sequences_ids, result.scores, strict=True)
-        ]
+    def _decoded(self, result: Any, options: DecodeOptions, index: int, timings: Timings, language: str) -> Decoded:
+        answers = [tuple(tokens[len(options.prefix) :]) for tokens in result.sequences_ids]
+        candidates = [Candidate(tokens, float(score)) for tokens, score in zip(answers, result.scores, strict=True)]
         best = best_of(candidates, options.length_penalty)
         silence = None if self.tokens.no_speech is None else float(result.no_speech_prob)
         return Decoded(list(best.tokens), best.sum_logprob, silence, timings, language, options.temperatures[index])
@@ -125,23 +125,21 @@ def open(path: Path, threads: int) -> CTranslate2Runner:
     return CTranslate2Runner(path, threads)
 
 
-def _beam(options: DecodeOptions, index: int) -> bool:
-    return options.temperatures[index] == 0 and options.beam_size is not None
-
-
 def _strategy(options: DecodeOptions, index: int) -> dict[str, Any]:
     """How to search, in CTranslate2's words.
 
-    A score is Σ log p / length ** penalty; the sum contains the end token, the length does not. Beam search keeps the penalty
-    of 1, because without one it stops at the first sequence that ends.
+    A score is Σ log p / length ** penalty; the sum contains the end token, the length does not. Without a penalty scores are
+    the sums, and all that ended is asked for, so that it can be ranked by our rules.
     """
     temperature = options.temperatures[index]
-    if _beam(options, index):
+    if temperature == 0 and options.beam_size is not None:
+        patience = options.patience or 1.0
         return {
             "beam_size": options.beam_size,
-            "patience": options.patience or 1.0,
-            "num_hypotheses": options.beam_size,
-            "length_penalty": 1,
+            # With neither patience nor penalty it would stop at the first sequence that ends.
+            "patience": ALMOST_NO_PATIENCE if patience == 1 else patience,
+            "num_hypotheses": max(int(options.beam_size * patience), 1),
+            "length_penalty": 0,
         }
     if temperature == 0:
         return {"beam_size": 1, "length_penalty": 0}

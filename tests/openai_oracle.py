@@ -83,9 +83,7 @@ def policy_of(checkpoint: Checkpoint) -> Iterator[None]:
     content = json.loads((checkpoint.path / "generation_config.json").read_text(encoding="utf-8"))
     begin = content.get("begin_suppress_tokens") or []
 
-    def get_tokenizer(
-        multilingual: bool, *, num_languages: int, language: str | None = None, task: str | None = None
-    ) -> Tokenizer:
+    def get_tokenizer(multilingual: bool, *, language: str | None = None, task: str | None = None, **_: int) -> Tokenizer:
         return tokenizer(checkpoint.path, *((language or "en", task or "transcribe") if multilingual else (None, None)))
 
     class Begin(whisper.decoding.SuppressBlank):
@@ -107,11 +105,43 @@ def policy_of(checkpoint: Checkpoint) -> Iterator[None]:
         yield
 
 
-def decode(checkpoint: Checkpoint, model: Whisper, mel: np.ndarray, **options: Any) -> list[DecodingResult]:
-    """Decode windows one by one with openai's own loop, by default in English, greedily, with the checkpoint's own lists."""
+def decode(checkpoint: Checkpoint, model: Whisper, windows: torch.Tensor, **options: Any) -> list[DecodingResult]:
+    """Decode windows one by one with openai's own loop, by default in English, greedily, with the checkpoint's own lists.
+
+    ``windows`` are mels [B, n_mels, 3000] or what the model's encoder made of them.
+    """
     options = {"language": "en", "suppress_tokens": checkpoint.generation["suppress_tokens"], **options, "fp16": False}
     with policy_of(checkpoint):
-        return [whisper.decoding.decode(model, torch.from_numpy(window), DecodingOptions(**options)) for window in mel]
+        return [whisper.decoding.decode(model, window, DecodingOptions(**options)) for window in windows]
+
+
+class Gaps:
+    """How undecided openai's beam search was: of each window, the smallest gap between a candidate that it kept and one not.
+
+    Gaps are in summed log-probability while searching, and in the ranker's score between the two best in the end.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.smallest: list[float] = []
+        update, rank = whisper.decoding.BeamSearchDecoder.update, MaximumLikelihoodRanker.rank
+        patch.setattr(whisper.decoding.BeamSearchDecoder, "update", lambda *args: self._seen(*args) or update(*args))
+        patch.setattr(MaximumLikelihoodRanker, "rank", lambda *args: self._ranked(*args) or rank(*args))
+
+    def _seen(self, beam: Any, tokens: torch.Tensor, logits: torch.Tensor, sums: torch.Tensor) -> None:
+        if beam.finished_sequences is None:
+            self.smallest.append(np.inf)
+        rows = 1 if beam.finished_sequences is None else beam.beam_size  # all rows are the same one at first
+        best = (logits.log_softmax(-1) + sums[:, None])[:rows]
+        best[:, beam.eot] = -torch.inf
+        found = best.flatten().topk(beam.beam_size + 1).values
+        self.smallest[-1] = min(self.smallest[-1], float(found[-2] - found[-1]))
+
+    def _ranked(self, ranker: Any, tokens: list[list[torch.Tensor]], sums: list[list[float]]) -> None:
+        lengths = [max(len(found), 1) for found in tokens[0]]
+        alpha = ranker.length_penalty
+        scores = sorted(s / (n if alpha is None else ((5 + n) / 6) ** alpha) for s, n in zip(sums[0], lengths, strict=True))
+        if len(scores) > 1:
+            self.smallest[-1] = min(self.smallest[-1], scores[-1] - scores[-2])
 
 
 def _renamed(name: str) -> str:

@@ -1,3 +1,5 @@
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -126,8 +128,64 @@ def test_the_bound_is_half_of_the_text_context(shape_folder):
 
 
 def test_unknown_language(runner):
-    with pytest.raises(UsageError, match="unknown language 'xx'"):
+    with pytest.raises(UsageError, match="unknown language 'xx'; this model knows: af, am, ar,"):
         decode.generate(runner, mels(1), DecodeOptions(language="xx"))
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        ({"temperatures": ()}, "at least one"),
+        ({"temperatures": (0.0, -0.2)}, "none below 0"),
+        ({"beam_size": 0, "patience": 1.0}, "at least 1"),
+        ({"patience": 2.0}, "needs a beam size"),
+        ({"beam_size": 2, "patience": 0.1}, "product is at least 1"),
+        ({"length_penalty": 1.5}, "between 0 and 1"),
+    ],
+)
+def test_options_that_mean_nothing(options, wrong):
+    with pytest.raises(UsageError, match=wrong):
+        DecodeOptions(**options)
+
+
+def test_options_travel_as_json():
+    options = DecodeOptions(language=None, temperatures=(0.0, 0.5), prompt=(1, 2), suppress=(), beam_size=3)
+    loaded = json.loads(json.dumps(asdict(options)))
+    assert (
+        DecodeOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in loaded.items()}) == options
+    )
+
+
+def test_english_only_models_neither_translate_nor_detect(shape_folder):
+    runner = pytorch.open(shape_folder("mini.en"), 1)
+    assert runner.detect_language(mels(2)) == [{"en": 1.0}] * 2
+    for options in ({"task": "translate"}, {"language": "es"}):
+        with pytest.raises(UsageError, match="only transcribes English"):
+            runner.generate(mels(1), DecodeOptions(**options))
+
+
+def test_what_the_decoder_is_given(runner):
+    """faster-whisper puts hotwords before the prompt, and leaves them out where there is a prefix."""
+    ids, hotwords, prompt = runner.tokens, tuple(range(1000, 1300)), tuple(range(2000, 2300))
+
+    def given(**options: object) -> list[int]:
+        return decode.initial_tokens(ids, DecodeOptions(**options), "en", 448)
+
+    assert given(prompt=prompt[:2], hotwords=hotwords[:3]) == [ids.previous, 1000, 1001, 1002, 2000, 2001, *ids.prompt()]
+    assert given(prompt=prompt) == [ids.previous, *prompt[-223:], *ids.prompt()]
+    assert given(hotwords=hotwords, prompt=prompt) == [ids.previous, *hotwords[:223], *ids.prompt()]
+    assert given(hotwords=hotwords[:23], prompt=prompt) == [ids.previous, *hotwords[:23], *prompt[-200:], *ids.prompt()]
+    assert given(prefix=(7, 8), hotwords=hotwords, timestamps=True) == [*ids.prompt()[:3], 7, 8]
+    assert given(prefix=prompt, max_new_tokens=200) == [*ids.prompt(), *prompt[-24:]]
+    with pytest.raises(UsageError, match="454 tokens long; the model has 448"):
+        given(prompt=prompt, prefix=(prompt)[:226])
+
+
+def test_the_end_of_the_context_ends_an_answer(shape_folder):
+    runner = pytorch.open(shape_folder("mini"), 1)
+    options = DecodeOptions(prompt=tuple(range(300, 520)), prefix=tuple(range(300, 510)), suppress=(runner.tokens.end,))
+    given = len(decode.initial_tokens(runner.tokens, options, "en", 448))
+    assert len(runner.generate(mels(1), options)[0].tokens) == 449 - given  # the last token is chosen, but never read
 
 
 @pytest.mark.parametrize("name", ["mini", "mini.en"])
