@@ -49,7 +49,7 @@ class AlignRequest:
     window: int
     tokens: tuple[int, ...]
     frames: int
-    language: str = "en"
+    language: str | None = "en"
     task: str = "transcribe"
 
 
@@ -135,13 +135,14 @@ def attention_matrix(scores: Scores, frames: int) -> NDArray[np.float64]:
     positions = min(scores.shape[2], max(1, frames // FRAMES_A_POSITION))
     total = np.zeros((scores.shape[1], positions))
     for head in scores:  # one at a time: the temporaries stay in the processor's cache
-        weights = _softmax(head[:, :positions])
+        weights = softmax(head[:, :positions])
         spread = weights.std(axis=0)
         total += median_filter((weights - weights.mean(axis=0)) / np.where(spread == 0, 1, spread))
     return total / len(scores)
 
 
-def _softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+def softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Over the last axis."""
     weights: NDArray[np.float32] = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     return weights
@@ -217,7 +218,7 @@ class TimedWord:
         return self.end - self.start
 
 
-def split_words(tokenizer: Tokenizer, tokens: Sequence[int], end: int, language: str) -> list[tuple[str, list[int]]]:
+def split_words(tokenizer: Tokenizer, tokens: Sequence[int], end: int, language: str | None) -> list[tuple[str, list[int]]]:
     """Words and their tokens: by blanks, or by character in languages that write without; special tokens (from ``end`` on) alone.
 
     A character whose bytes are spread over tokens stays whole.
@@ -251,7 +252,7 @@ def _split_characters(tokenizer: Tokenizer, tokens: Sequence[int]) -> Iterator[t
 
 def time_words(tokenizer: Tokenizer, ids: TokenIds, request: AlignRequest, found: Alignment) -> list[TimedWord]:
     """The words of aligned tokens: each begins where the path first reaches its first token."""
-    words = split_words(tokenizer, [*request.tokens, ids.end], ids.end, request.language)[:-1]
+    words = split_words(tokenizer, [*request.tokens, ids.end], ids.end, ids.code_of(request.language))[:-1]
     bounds = np.cumsum([0, *(len(tokens) for _, tokens in words)])
     reached = found.time[np.diff(found.text, prepend=-1).astype(bool)] / POSITIONS_A_SECOND
     return [
@@ -293,7 +294,7 @@ def add_word_timestamps(
     *,
     frames: int,
     offset: float,
-    language: str,
+    language: str | None,
     task: str,
     last_speech: float,
     prepended: str = PREPENDED,

@@ -88,6 +88,7 @@ def build_key(checkpoint: Checkpoint, target: str, precision: str) -> str:
         "fingerprint": checkpoint.fingerprint,
         "target": target,
         "precision": precision,
+        "alignment_heads": checkpoint.alignment_heads,
         "sources": [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources],
         "tools": tool_versions(target),
     }
@@ -133,7 +134,7 @@ def stage(
         outcome = isolate.run(
             "asr_core.build:export_in_process",
             {"checkpoint": str(checkpoint.path), "name": checkpoint.name, "target": target, "precision": precision,
-             "folder": str(partial)},
+             "folder": str(partial), "alignment_heads": checkpoint.alignment_heads},
             progress=progress,
         )  # fmt: skip
         isolate.result_or_raise(outcome, f"the export of {target}-{precision}")
@@ -156,16 +157,25 @@ def clean(final: Path) -> None:
 
 
 def export_in_process(
-    checkpoint: str, name: str, target: str, precision: str, folder: str, progress: Callable[[str], None]
+    checkpoint: str,
+    name: str,
+    target: str,
+    precision: str,
+    folder: str,
+    progress: Callable[[str], None],
+    *,
+    alignment_heads: list[tuple[int, int]] | None = None,
 ) -> dict[str, Any]:
-    """Export, bundle and seal; runs inside the isolated process."""
+    """Export, bundle and seal; runs inside the isolated process. ``alignment_heads`` None are the checkpoint's own."""
     started = time.perf_counter()
     progress("checkpoint")
     opened = Checkpoint.open(checkpoint)
+    if alignment_heads is not None:
+        opened = opened.with_alignment_heads(alignment_heads)
     path = Path(folder)
     tensors = exporter(target).export(opened, path, precision, progress)
     progress("seal")
-    tokens.write_bundle(opened.path, opened.dims.n_mels, path)
+    tokens.write_bundle(opened.path, opened.dims.n_mels, opened.alignment_heads, path)
     manifest = Manifest(
         target=target,
         precision=precision,
@@ -174,6 +184,8 @@ def export_in_process(
         build_key=build_key(opened, target, precision),
         dims=opened.dims,
         tokens=tokens.TokenIds.read(opened.path, opened.generation, opened.dims.n_text_ctx),
+        # Another client's form has no place for the output that ours are read from.
+        alignment_heads=None if registry.LAYOUT in target else opened.alignment_heads,
         tensors=tensors,
         files=artifact.seal(path),
         tools=tool_versions(target),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -88,6 +89,27 @@ class Checkpoint:
     def multilingual(self) -> bool:
         """Whether prompts carry a language and a task token (``.en`` models have neither)."""
         return bool(self.generation.get("lang_to_id"))
+
+    @property
+    def alignment_heads(self) -> list[tuple[int, int]]:
+        """The cross-attention heads (decoder layer, head) that follow the sound, for word timestamps.
+
+        Without a list, openai-whisper's choice for a model that it does not know: all heads of the upper half of the layers.
+        Raises :class:`CheckpointError` for a list that is not this model's.
+        """
+        layers, heads = self.dims.decoder_layers, self.dims.decoder_heads
+        listed = [(int(layer), int(head)) for layer, head in self.generation.get("alignment_heads") or []]
+        strange = [f"{layer}:{head}" for layer, head in listed if not (0 <= layer < layers and 0 <= head < heads)]
+        if strange:
+            raise CheckpointError(
+                f"{self.name} has no alignment heads {', '.join(strange)}: its decoder has {layers} layers of {heads} heads. "
+                "Let them be found anew: --alignment-heads discover."
+            )
+        return listed or [(layer, head) for layer in range(layers // 2, layers) for head in range(heads)]
+
+    def with_alignment_heads(self, heads: Sequence[Sequence[int]]) -> Checkpoint:
+        """The same checkpoint with other alignment heads; its files stay as they are."""
+        return replace(self, generation=self.generation | {"alignment_heads": [list(head) for head in heads]})
 
 
 def _config_problems(config: dict[str, Any]) -> list[str]:

@@ -18,6 +18,11 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from asr_core.dims import Dims
 
+# The output of a decoder step that :meth:`Decoder.choose_heads` makes.
+ALIGNMENT_QUERIES = "alignment_queries"
+
+Heads = Sequence[tuple[int, int]]  # (decoder layer, head)
+
 # Large enough to vanish in a softmax, small enough for float16 (largest value 65504).
 MASKED = -1e4
 
@@ -30,6 +35,17 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """[B, H, T, E] → [B, T, D]."""
     return x.transpose(1, 2).flatten(2)
+
+
+def _runs(heads: Heads) -> list[tuple[int, int, int]]:
+    """Heads in their order as runs of neighbours: layer, first, one after the last."""
+    runs: list[tuple[int, int, int]] = []
+    for layer, head in heads:
+        if runs and (runs[-1][0], runs[-1][2]) == (layer, head):
+            runs[-1] = (layer, runs[-1][1], head + 1)
+        else:
+            runs.append((layer, head, head + 1))
+    return runs
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -126,11 +142,11 @@ class DecoderLayer(nn.Module):
         self.fc2 = nn.Linear(ffn, width)
         self.final_layer_norm = nn.LayerNorm(width)
 
-    def cross_and_ffn(self, x: Tensor, cross_k: Tensor, cross_v: Tensor) -> Tensor:
-        """Everything after self-attention; cross keys and values are [B, H, F, E]."""
+    def cross_and_ffn(self, x: Tensor, cross_k: Tensor, cross_v: Tensor) -> tuple[Tensor, Tensor]:
+        """Everything after self-attention; cross keys and values are [B, H, F, E]. Also returns the queries [B, H, T, E]."""
         q = self.encoder_attn.query(self.encoder_attn_layer_norm(x))
         x = x + self.encoder_attn.output(attend(q, cross_k, cross_v))
-        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x)))), q
 
 
 class Decoder(nn.Module):
@@ -157,6 +173,18 @@ class Decoder(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states [B, T, D] → logits [B, T, vocab]."""
         return self.layer_norm(x) @ self.embed_tokens.weight.t()
+
+    def choose_heads(self, queries: Sequence[Tensor], heads: Heads) -> Tensor:
+        """Each layer's cross-attention queries [B, H, T, E] → those of the given heads, [B, heads, T, E].
+
+        That is what word timestamps need of a decoder: whoever has the cross-attention keys multiplies them with it. The
+        products themselves would be 1500 numbers a head and token, written at every step and read by nobody while decoding.
+        """
+        every = (0, self.dims.decoder_heads)
+        pieces = [
+            queries[layer] if (first, after) == every else queries[layer][:, first:after] for layer, first, after in _runs(heads)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
     @property
     def blocks(self) -> list[DecoderLayer]:
@@ -190,12 +218,17 @@ class DynamicStep(nn.Module):
     the first P rows of a longer buffer are contiguous memory.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, heads: Heads) -> None:
         super().__init__()
         self.decoder = decoder
+        self.heads = heads
 
     def forward(self, tokens: Tensor, past: Sequence[Tensor], cross: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Tokens int [B, T]; past 2L × [P, B, H, E]; cross 2L × [B, H, F, E] → (logits [B, T, vocab], 2L × [T, B, H, E])."""
+        """One step.
+
+        Tokens int [B, T]; past 2L × [P, B, H, E]; cross 2L × [B, H, F, E] → (logits [B, T, vocab], alignment queries
+        [B, heads, T, E], new rows 2L × [T, B, H, E]).
+        """
         p = past[0].shape[0]
         t = tokens.shape[1]
         positions = torch.arange(p, p + t, device=tokens.device)
@@ -203,6 +236,7 @@ class DynamicStep(nn.Module):
         x = self.decoder.embed(tokens, positions)
         mask = mask.to(x.dtype)
         new: list[Tensor] = []
+        queries: list[Tensor] = []
         for i, layer in enumerate(self.decoder.blocks):
             attn = layer.self_attn
             h = layer.self_attn_layer_norm(x)
@@ -211,9 +245,10 @@ class DynamicStep(nn.Module):
             k = torch.cat([past[2 * i], k_new]).permute(1, 2, 0, 3)
             v = torch.cat([past[2 * i + 1], v_new]).permute(1, 2, 0, 3)
             x = x + attn.output(attend(attn.query(h), k, v, mask))
-            x = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
+            x, q = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
+            queries.append(q)
             new += [k_new, v_new]
-        return (self.decoder.logits(x), *new)
+        return (self.decoder.logits(x), self.decoder.choose_heads(queries, self.heads), *new)
 
 
 class EncodeShort(nn.Module):
@@ -256,7 +291,7 @@ class FixedStep(nn.Module):
             v = values[i].index_copy(1, positions, attn.v_proj(h))
             x = x + attn.output(attend(attn.query(h), split_heads(k, attn.heads), split_heads(v, attn.heads), mask))
             cross = (split_heads(rows[i], attn.heads) for rows in (cross_keys, cross_values))
-            x = layer.cross_and_ffn(x, *cross)
+            x, _ = layer.cross_and_ffn(x, *cross)
             made.append((k, v))
         return (decoder.logits(x), *(torch.stack(rows) for rows in zip(*made, strict=True)))
 
@@ -282,7 +317,7 @@ class GrowingStep(nn.Module):
             new = layer.self_attn.keys_values(h)
             k, v = (torch.cat([old, rows], 2) for old, rows in zip(past[2 * i : 2 * i + 2], new, strict=True))
             x = x + layer.self_attn.output(attend(layer.self_attn.query(h), k, v, mask))
-            x = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
+            x, _ = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
             present += [k, v]
         return (self.decoder.logits(x), *present)
 

@@ -143,17 +143,20 @@ def suppressed(tokenizer: Tokenizer, chosen: Sequence[int] = (-1,)) -> tuple[int
     return tuple(sorted(found | {token for token in controls if token is not None}))
 
 
-def write_bundle(checkpoint_folder: Path, n_mels: int, folder: Path) -> None:
+def write_bundle(checkpoint_folder: Path, n_mels: int, alignment_heads: list[tuple[int, int]], folder: Path) -> None:
     """Add what a client needs beside the network: tokenizer, generation config, mel filters, preprocessor config.
 
+    The generation config gets the alignment heads of the artifact, from which other clients make their word timestamps.
     transformers 5 saves no ``preprocessor_config.json``; without one, faster-whisper feeds 80 mels to a 128-mel model.
     """
     import numpy as np
 
     from asr_core import audio
 
-    for name in ("tokenizer.json", "generation_config.json"):
-        (folder / name).write_bytes((checkpoint_folder / name).read_bytes())
+    (folder / "tokenizer.json").write_bytes((checkpoint_folder / "tokenizer.json").read_bytes())
+    generation = json.loads((checkpoint_folder / "generation_config.json").read_text(encoding="utf-8"))
+    generation["alignment_heads"] = [list(head) for head in alignment_heads]
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     np.save(folder / "mel_filters.npy", audio.mel_filters(n_mels))
     preprocessor = {
         "feature_extractor_type": "WhisperFeatureExtractor",

@@ -47,16 +47,36 @@ class Job:
 @click.option("--precision", default="all", show_default=True, help="One of the target's precisions, or 'all'.")
 @click.option("--layout", help="The form that another client loads (an unknown one lists the target's) [ours].")
 @click.option("--out", default="artifacts", show_default=True, type=click.Path(path_type=Path), help="Root of the output.")
+@click.option(
+    "--alignment-heads",
+    "asked",
+    default="checkpoint",
+    show_default=True,
+    help="Heads that word timestamps are made from: the checkpoint's, a list (layer:head,…), or 'discover' to find them.",
+)
+@click.option("--data", "source", type=click.Path(path_type=Path), help="Clips to discover heads with [carried clips].")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Exports at a time.")
 @click.option("--force", is_flag=True, help="Export again even where an artifact is up to date.")
 @handle_errors
 def main(
-    model: str, adapter: str | None, target: str, precision: str, layout: str | None, out: Path, jobs: int, *, force: bool
+    model: str,
+    adapter: str | None,
+    target: str,
+    precision: str,
+    layout: str | None,
+    out: Path,
+    asked: str,
+    source: Path | None,
+    jobs: int,
+    *,
+    force: bool,
 ) -> None:
     """Run the command."""
+    from asr_export import heads
+
     planned = plan(target, precision, layout)
     require_any({name for name, _ in planned})
-    checkpoint = open_checkpoint(model, adapter)
+    checkpoint = heads.choose(open_checkpoint(model, adapter), asked, source, out)
     failures = []
     stale = []
     for name, chosen in planned:

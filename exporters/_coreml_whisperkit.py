@@ -123,14 +123,14 @@ def _encoder(checkpoint: Checkpoint) -> Traceable:
 
 
 def _decoder(checkpoint: Checkpoint) -> Traceable:
-    """The step; with the mean attention of the alignment heads for word timestamps where the checkpoint names such heads."""
+    """The step; with the mean attention of the alignment heads, from which WhisperKit makes word timestamps."""
     import torch
     from torch import nn
 
     from asr_core import graph
 
     dims = checkpoint.dims
-    heads: list[list[int]] = checkpoint.generation.get("alignment_heads") or []
+    heads = checkpoint.alignment_heads
     with torch.device("meta"):
         decoder = graph.Decoder(dims)
     load_weights(decoder, "model.decoder.", checkpoint)
@@ -167,8 +167,7 @@ def _decoder(checkpoint: Checkpoint) -> Traceable:
             logits = torch.nn.functional.linear(decoder.layer_norm(x), decoder.embed_tokens.weight)
             updates = (torch.cat(rows, -1).transpose(1, 2)[:, :, None] for rows in zip(*made, strict=True))
             chosen = [weights[layer][:, head, 0] for layer, head in heads]
-            aligned = [torch.cat(chosen).mean(0, keepdim=True)] if chosen else []
-            return (logits, *updates, *aligned)
+            return (logits, *updates, torch.cat(chosen).mean(0, keepdim=True))
 
     width, updates = dims.d_model * dims.decoder_layers, ("key_cache_updates", "value_cache_updates")
     cache = (1, width, 1, dims.n_text_ctx)
@@ -186,7 +185,7 @@ def _decoder(checkpoint: Checkpoint) -> Traceable:
         outputs={
             "logits": (1, 1, dims.vocab),
             **dict.fromkeys(updates, (1, width, 1, 1)),
-            **({"alignment_heads_weights": (1, dims.n_audio_ctx)} if heads else {}),
+            "alignment_heads_weights": (1, dims.n_audio_ctx),
         },
         integers=INTEGERS,
     )

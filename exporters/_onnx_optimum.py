@@ -50,11 +50,13 @@ def _write_configuration(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _encoder(checkpoint: Checkpoint, precision: str) -> ir.Model:
-    def describe(dims: Dims) -> Traceable:
+    def describe(checkpoint: Checkpoint) -> Traceable:
         import torch
         from torch import Tensor, nn
 
         from asr_core import graph
+
+        dims = checkpoint.dims
 
         class Encode(nn.Module):
             """The encoder under the name that its weights go by."""
@@ -98,11 +100,12 @@ def _merged(checkpoint: Checkpoint, precision: str) -> ir.Model:
     return model
 
 
-def _body(dims: Dims) -> Traceable:
+def _body(checkpoint: Checkpoint) -> Traceable:
     import torch
 
     from asr_core import graph
 
+    dims = checkpoint.dims
     batch, new = (torch.export.Dim(name, min=1) for name in ("batch", "new"))
     past = torch.export.Dim("past", min=0, max=dims.n_text_ctx - 1)
     tensors = 2 * dims.decoder_layers
@@ -128,11 +131,12 @@ def _body(dims: Dims) -> Traceable:
     )
 
 
-def _projection(dims: Dims) -> Traceable:
+def _projection(checkpoint: Checkpoint) -> Traceable:
     import torch
 
     from asr_core import graph
 
+    dims = checkpoint.dims
     return Traceable(
         module=graph.CrossKeysValues(graph.Decoder(dims)),
         arguments=(torch.zeros(2, dims.n_audio_ctx, dims.d_model),),

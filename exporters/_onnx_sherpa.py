@@ -20,7 +20,6 @@ from exporters.onnx import Traceable, draft, ship
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from asr_core.dims import Dims
 
 NAME = "whisper"  # any will do: the client is told every file
 SUFFIX = {"fp32": "", "int8": ".int8"}
@@ -46,11 +45,12 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
     return specs
 
 
-def _encoder(dims: Dims) -> Traceable:
+def _encoder(checkpoint: Checkpoint) -> Traceable:
     import torch
 
     from asr_core import graph
 
+    dims = checkpoint.dims
     cross = (dims.decoder_layers, "n_audio", "T_2", dims.d_model)
     return Traceable(
         module=graph.EncodeShort(graph.Encoder(dims), graph.Decoder(dims)),
@@ -62,11 +62,12 @@ def _encoder(dims: Dims) -> Traceable:
     )
 
 
-def _decoder(dims: Dims) -> Traceable:
+def _decoder(checkpoint: Checkpoint) -> Traceable:
     import torch
 
     from asr_core import graph
 
+    dims = checkpoint.dims
     batch, new = (torch.export.Dim(name, min=1) for name in ("batch", "new"))
     frames = torch.export.Dim("frames", min=1, max=dims.n_audio_ctx)
     layers, width = dims.decoder_layers, dims.d_model

@@ -190,22 +190,24 @@ def _stateless_step(checkpoint: Checkpoint) -> Traceable:
             mask = (torch.arange(dims.n_text_ctx) >= position).float() * graph.MASKED
             x = decoder.embed(token, position)
             new: list[Tensor] = []
+            queries: list[Tensor] = []
             for i, layer in enumerate(decoder.blocks):
                 attn, h = layer.self_attn, layer.self_attn_layer_norm(x)
                 q, (k, v) = attn.query(h), attn.keys_values(h)
                 scores = torch.cat([q @ past[2 * i].transpose(-1, -2) + mask, q @ k.transpose(-1, -2)], -1).softmax(-1)
                 old, own = scores.split([dims.n_text_ctx, 1], -1)
                 x = x + attn.output(old @ past[2 * i + 1] + own @ v)
-                x = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
+                x, q = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
+                queries.append(q)
                 new += [k, v]
-            return (_logits(decoder, x), *new)
+            return (_logits(decoder, x), decoder.choose_heads(queries, checkpoint.alignment_heads), *new)
 
     return Traceable(
         module=Step(),
         inputs={**_scalars(), **_keys_values("past", dims.n_text_ctx, dims), **_keys_values("cross", dims.n_audio_ctx, dims)},
-        outputs={"logits": (1, 1, dims.vocab), **_keys_values("new", 1, dims)},
+        outputs={**_shown(checkpoint), **_keys_values("new", 1, dims)},
         integers=tuple(_scalars()),
-        float32=("logits",),
+        float32=tuple(_shown(checkpoint)),
     )
 
 
@@ -229,25 +231,27 @@ def _stateful_step(checkpoint: Checkpoint) -> Traceable:
             for name, shape in states.items():
                 self.register_buffer(name, torch.zeros(shape))
 
-        def forward(self, token: Tensor, position: Tensor, *cross: Tensor) -> Tensor:
+        def forward(self, token: Tensor, position: Tensor, *cross: Tensor) -> tuple[Tensor, Tensor]:
             slots = torch.arange(dims.n_text_ctx)
             mask = (slots > position).float() * graph.MASKED
             x = decoder.embed(token, position)
+            queries: list[Tensor] = []
             for i, layer in enumerate(decoder.blocks):
                 attn, h = layer.self_attn, layer.self_attn_layer_norm(x)
                 past = (getattr(self, f"past_k_{i}"), getattr(self, f"past_v_{i}"))
                 k, v = (_remember(old, row, slots, position) for old, row in zip(past, attn.keys_values(h), strict=True))
                 x = x + attn.output(graph.attend(attn.query(h), k, v, mask))
-                x = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
-            return _logits(decoder, x)
+                x, q = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
+                queries.append(q)
+            return _logits(decoder, x), decoder.choose_heads(queries, checkpoint.alignment_heads)
 
     return Traceable(
         module=Step(),
         inputs={**_scalars(), **_keys_values("cross", dims.n_audio_ctx, dims)},
-        outputs={"logits": (1, 1, dims.vocab)},
+        outputs=_shown(checkpoint),
         states=states,
         integers=tuple(_scalars()),
-        float32=("logits",),
+        float32=tuple(_shown(checkpoint)),
     )
 
 
@@ -260,6 +264,15 @@ def _remember(past: torch.Tensor, row: torch.Tensor, slots: torch.Tensor, positi
 
     past[:] = torch.where((slots == position)[:, None], row, past)
     return past
+
+
+def _shown(checkpoint: Checkpoint) -> Ports:
+    """What a step tells of its token: logits, and the queries of the alignment heads."""
+    from asr_core import graph
+
+    dims = checkpoint.dims
+    queries = (1, len(checkpoint.alignment_heads), 1, dims.head_dim)
+    return {"logits": (1, 1, dims.vocab), graph.ALIGNMENT_QUERIES: queries}
 
 
 def _scalars() -> Ports:

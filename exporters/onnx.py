@@ -55,10 +55,10 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
     return specs
 
 
-def draft(describe: Callable[[Dims], Traceable], checkpoint: Checkpoint, precision: str, kind: str) -> ir.Model:
+def draft(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, precision: str, kind: str) -> ir.Model:
     """A graph in its shipped form whose weights have not been read; ``kind`` is what it is like, ``encoder`` or ``decoder``."""
     with _quiet():
-        model = _trace(describe, checkpoint.dims, precision)
+        model = _trace(describe, checkpoint, precision)
         _Rewriter(model.graph, checkpoint.weights, precision).run(kind)
     return model
 
@@ -87,11 +87,12 @@ class Traceable:
     outputs: dict[str, Shape]
 
 
-def _encoder(dims: Dims) -> Traceable:
+def _encoder(checkpoint: Checkpoint) -> Traceable:
     import torch
 
     from asr_core import graph
 
+    dims = checkpoint.dims
     return Traceable(
         module=graph.EncodeWithCross(graph.Encoder(dims), graph.Decoder(dims)),
         arguments=(torch.zeros(2, dims.n_mels, 2 * dims.n_audio_ctx),),
@@ -101,18 +102,19 @@ def _encoder(dims: Dims) -> Traceable:
     )
 
 
-def _decoder(dims: Dims) -> Traceable:
+def _decoder(checkpoint: Checkpoint) -> Traceable:
     import torch
 
     from asr_core import graph
 
+    dims, alignment_heads = checkpoint.dims, checkpoint.alignment_heads
     # Bounds that only keep 0 and 1 from being specialised; the examples differ from each other and from both.
     batch, new = (torch.export.Dim(name, min=1) for name in ("batch", "new"))
     past = torch.export.Dim("past", min=0, max=dims.n_text_ctx - 1)
     tensors = 2 * dims.decoder_layers
     heads, width = dims.decoder_heads, dims.head_dim
     return Traceable(
-        module=graph.DynamicStep(graph.Decoder(dims)),
+        module=graph.DynamicStep(graph.Decoder(dims), alignment_heads),
         arguments=(
             torch.zeros(2, 3, dtype=torch.int64),
             [torch.zeros(5, 2, heads, width) for _ in range(tensors)],
@@ -120,7 +122,11 @@ def _decoder(dims: Dims) -> Traceable:
         ),
         axes=({0: batch, 1: new}, [{0: past, 1: batch}] * tensors, [{0: batch}] * tensors),
         inputs={"tokens": ("batch", "new"), **_keys_values("past", dims), **_keys_values("cross", dims)},
-        outputs={"logits": ("batch", "new", dims.vocab), **_keys_values("new", dims)},
+        outputs={
+            "logits": ("batch", "new", dims.vocab),
+            graph.ALIGNMENT_QUERIES: ("batch", len(alignment_heads), "new", width),
+            **_keys_values("new", dims),
+        },
     )
 
 
@@ -131,7 +137,7 @@ def _keys_values(what: str, dims: Dims) -> dict[str, Shape]:
     return {f"{what}_{kind}_{layer}": shape for layer in range(dims.decoder_layers) for kind in "kv"}
 
 
-def _trace(describe: Callable[[Dims], Traceable], dims: Dims, precision: str) -> ir.Model:
+def _trace(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, precision: str) -> ir.Model:
     """The ONNX model of a module whose parameters have shapes and types but no memory."""
     import onnx_ir as ir
     import torch
@@ -141,7 +147,7 @@ def _trace(describe: Callable[[Dims], Traceable], dims: Dims, precision: str) ->
     torch.set_default_dtype(torch.float16 if precision == "fp16" else torch.float32)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            traceable = describe(dims)
+            traceable = describe(checkpoint)
             program = torch.export.export(
                 traceable.module.eval(), traceable.arguments, dynamic_shapes=traceable.axes, strict=False
             )

@@ -17,7 +17,7 @@ from asr_core import audio
 from asr_core.artifact import Artifact
 from asr_core.decode import Logits, Mel
 from asr_core.errors import ArtifactError
-from runners.base import StepRunner
+from runners.base import WithoutAttention
 from runners.coreml import MACOS, STATELESS_MACOS, check_system, open_model
 
 MASKED = -10000.0  # what WhisperKit fills its padding mask with
@@ -34,7 +34,7 @@ class Row:
     values: NDArray[np.float16]
 
 
-class WhisperKitRunner(StepRunner):
+class WhisperKitRunner(WithoutAttention):
     """The programs of one artifact."""
 
     timed = MACOS

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from asr_core.artifact import Artifact
 from asr_core.decode import Logits, Mel
-from runners.base import StepRunner
+from runners.base import WithoutAttention
 from runners.onnx import PROVIDERS, session_options
 
 
@@ -25,7 +25,7 @@ class State:
     fresh: bool = True
 
 
-class OptimumRunner(StepRunner):
+class OptimumRunner(WithoutAttention):
     """The encoder's and the merged decoder's sessions over one artifact."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:

@@ -15,7 +15,7 @@ from asr_core.artifact import Artifact
 from asr_core.decode import Logits, Mel
 from asr_core.errors import ArtifactError
 from asr_core.tokens import load_tokenizer
-from runners.base import StepRunner
+from runners.base import WithoutAttention
 from runners.onnx import PROVIDERS, session_options
 
 
@@ -28,7 +28,7 @@ class State:
     cross: tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
-class SherpaRunner(StepRunner):
+class SherpaRunner(WithoutAttention):
     """The encoder's and the decoder's sessions over one artifact."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:

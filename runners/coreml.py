@@ -98,6 +98,7 @@ class CoreMLRunner(StepRunner):
         self.folder = artifact.path
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
+        self.alignment_heads = artifact.manifest.alignment_heads
         inputs = [spec for spec in artifact.manifest.tensors if spec.graph == "decoder" and spec.role == "input"]
         self._past = [spec for spec in inputs if spec.name.startswith("past_")]
         self._cross = [spec.name for spec in inputs if spec.name.startswith("cross_")]
@@ -115,8 +116,21 @@ class CoreMLRunner(StepRunner):
         logits = np.empty((*tokens.shape, self.dims.vocab), np.float32)
         for own, row, out in zip(tokens.astype(np.int32), state, logits, strict=True):
             for i, token in enumerate(own):
-                out[i] = self._feed(token, row)
+                out[i] = _float32(self._feed(token, row)["logits"]).reshape(-1)
         return logits
+
+    def step_with_queries(self, tokens: NDArray[np.int64], state: list[Row]) -> tuple[Logits, NDArray[np.float32]]:
+        """The same with one output more."""
+        fed = [[self._feed(token, row) for token in own] for own, row in zip(tokens.astype(np.int32), state, strict=True)]
+        logits, queries = (
+            np.stack([np.concatenate([_float32(made[name])[0] for made in row], axis) for row in fed])
+            for name, axis in (("logits", 0), ("alignment_queries", 1))
+        )
+        return logits, queries
+
+    def cross_keys(self, state: list[Row], layer: int) -> NDArray[np.float32]:
+        """As the encoder made them."""
+        return np.concatenate([_float32(row.cross[f"cross_k_{layer}"]) for row in state])
 
     def reorder(self, state: list[Row], rows: NDArray[np.int64]) -> list[Row]:
         """The chosen rows; one that is chosen again gets a copy of the cache, cross-attention K/V are shared."""
@@ -149,14 +163,14 @@ class CoreMLRunner(StepRunner):
         memory = None if past else self._decoder.make_state()
         return Row(0, cross, past, memory)
 
-    def _feed(self, token: np.int32, row: Row) -> NDArray[np.float32]:
-        """Logits [vocab] after one more token."""
+    def _feed(self, token: np.int32, row: Row) -> Mapping[str, Any]:
+        """The decoder's outputs after one more token."""
         here = {"token": np.array([[token]], np.int32), "position": np.array([row.position], np.int32)}
         made = self._decoder.predict({**here, **row.past, **row.cross}, row.memory)
         for name, cache in row.past.items():
             cache[:, :, row.position] = made[name.replace("past_", "new_", 1)][:, :, 0]
         row.position += 1
-        return _float32(made["logits"]).reshape(-1)
+        return made
 
     def _copy(self, row: Row) -> Row:
         memory = None if row.past else self._decoder.copy_state(row.memory)

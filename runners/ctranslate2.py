@@ -6,6 +6,7 @@ Its search gets the same options as ours, and its hypotheses are ranked and trie
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asr_core import decode
+from asr_core.align import FILTER_WIDTH, Alignment, AlignRequest
 from asr_core.artifact import read_manifest
 from asr_core.decode import Decoded, DecodeOptions, Logits, Mel, Timings
 from asr_core.search import Candidate, best_of
@@ -37,6 +39,7 @@ class CTranslate2Runner(Written):
         self.folder = path
         self.dims = manifest.dims
         self.tokens = manifest.tokens
+        self.alignment_heads = manifest.alignment_heads
         wanted = COMPUTE_TYPES[manifest.precision]
         supported = ctranslate2.get_supported_compute_types("cpu")
         self._model = ctranslate2.models.Whisper(
@@ -78,6 +81,19 @@ class CTranslate2Runner(Written):
 
     def score(self, mel: Mel, tokens: list[int]) -> Logits | None:
         """Nothing: CTranslate2 shows no logits of a given sequence."""
+
+    def align(self, mel: Mel, requests: Sequence[AlignRequest]) -> list[Alignment]:
+        """With CTranslate2's own attention and path, whose rules are openai-whisper's; it adds the end of the prompt itself."""
+        found = []
+        for request in requests:
+            prompt = self.tokens.prompt(request.language, request.task)[:-1]
+            states = self._encode(mel[request.window : request.window + 1])
+            (result,) = self._model.align(
+                states, prompt, [list(request.tokens)], request.frames, median_filter_width=FILTER_WIDTH
+            )
+            text, time = np.array(result.alignments, np.int64).reshape(-1, 2).T
+            found.append(Alignment(text, time, np.array(result.text_token_probs)))
+        return found
 
     def close(self) -> None:
         """Free the model."""

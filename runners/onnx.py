@@ -39,6 +39,7 @@ class OnnxRunner(StepRunner):
         self.folder = artifact.path
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
+        self.alignment_heads = artifact.manifest.alignment_heads
         self._encoder = self._open(artifact.path / "encoder.onnx", threads)
         self._decoder = self._open(artifact.path / "decoder.onnx", threads)
         specs = [spec for spec in artifact.manifest.tensors if spec.graph == "decoder"]
@@ -46,7 +47,7 @@ class OnnxRunner(StepRunner):
         self._cross = [spec.name for spec in inputs if spec.name.startswith("cross_")]
         self._past = [spec.name for spec in inputs if spec.name.startswith("past_")]
         self._cache_dtype = next(spec.dtype for spec in inputs if spec.name.startswith("past_"))
-        self._outputs = ["logits", *(name.replace("past_", "new_", 1) for name in self._past)]
+        self._new = [*(name.replace("past_", "new_", 1) for name in self._past)]
 
     def encode(self, mel: Mel) -> State:
         """Run the encoder and keep the cross-attention K/V; the cache starts empty."""
@@ -55,14 +56,26 @@ class OnnxRunner(StepRunner):
 
     def step(self, tokens: NDArray[np.int64], state: State) -> Logits:
         """Run the decoder over the new tokens and add their K/V rows to the cache."""
+        return self._step(tokens, state, ["logits"])[0]
+
+    def step_with_queries(self, tokens: NDArray[np.int64], state: State) -> tuple[Logits, NDArray[np.float32]]:
+        """The same with one output more."""
+        logits, queries = self._step(tokens, state, ["logits", "alignment_queries"])
+        return logits, queries.astype(np.float32)
+
+    def cross_keys(self, state: State, layer: int) -> NDArray[np.float32]:
+        """As the encoder made them."""
+        return state.cross[f"cross_k_{layer}"].astype(np.float32)
+
+    def _step(self, tokens: NDArray[np.int64], state: State, wanted: list[str]) -> list[NDArray[Any]]:
         start, end = state.position, state.position + tokens.shape[1]
         past = {name: rows[:start] for name, rows in state.past.items()}
-        logits, *new = self._decoder.run(self._outputs, {"tokens": tokens, **past, **state.cross})
-        for rows, added in zip(state.past.values(), new, strict=True):
+        made = self._decoder.run([*wanted, *self._new], {"tokens": tokens, **past, **state.cross})
+        for rows, added in zip(state.past.values(), made[len(wanted) :], strict=True):
             rows[start:end] = added
         state.position = end
-        result: Logits = logits
-        return result
+        shown: list[NDArray[Any]] = made[: len(wanted)]
+        return shown
 
     def reorder(self, state: State, rows: NDArray[np.int64]) -> State:
         """Gather batch rows of the cache and, where rows change their window, of the cross-attention K/V."""

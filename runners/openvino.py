@@ -39,6 +39,7 @@ class OpenVINORunner(StepRunner):
         self.folder = artifact.path
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
+        self.alignment_heads = artifact.manifest.alignment_heads
         self._encoder = self._open(artifact.path / ENCODER, threads)
         self._decoder = self._open(artifact.path / DECODER, threads)
         self._newest: State | None = None
@@ -54,8 +55,19 @@ class OpenVINORunner(StepRunner):
         self._decoder.set_tensor("input_ids", ov.Tensor(tokens, shared_memory=True))
         self._decoder.infer()
         state.past[:] = range(len(tokens))
-        logits: Logits = self._decoder.get_output_tensor().data
+        logits: Logits = self._decoder.get_output_tensor(0).data
         return logits
+
+    def step_with_queries(self, tokens: NDArray[np.int64], state: State) -> tuple[Logits, NDArray[np.float32]]:
+        """The decoder's second output, after a step."""
+        return self.step(tokens, state), self._decoder.get_tensor("alignment_queries").data
+
+    def cross_keys(self, state: State, layer: int) -> NDArray[np.float32]:
+        """From the runtime's state, in which they lie as [B, H, E, F]."""
+        self._check(state)
+        held = next(held for held in self._decoder.query_state() if held.name == f"{CROSS}{layer}.k")
+        keys: NDArray[np.float32] = np.asarray(held.state.data, np.float32).swapaxes(2, 3)
+        return keys
 
     def reorder(self, state: State, rows: NDArray[np.int64]) -> State:
         """Self-attention follows ``beam_idx``; cross-attention is projected anew where rows change their window.

@@ -242,7 +242,7 @@ def test_whisperkit_alignment_weights_are_the_mean_of_the_heads(laid_out, talkat
     model = WhisperForConditionalGeneration.from_pretrained(talkative, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         out = model(torch.from_numpy(mel[:1]), decoder_input_ids=torch.tensor([[7]]), output_attentions=True)
-    heads = model.generation_config.alignment_heads
+    heads = Checkpoint.open(talkative).alignment_heads
     expected = np.mean([out.cross_attentions[layer][0, head, 0].numpy() for layer, head in heads], 0)
     runner = open_runner("coreml.whisperkit", laid_out("coreml.whisperkit").path, 1)
     seen = {}
