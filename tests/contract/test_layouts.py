@@ -20,6 +20,7 @@ from asr_core.checkpoint import Checkpoint
 from asr_core.decode import DecodeOptions
 from asr_core.errors import ArtifactError, UsageError
 from asr_export import export
+from runners import _stages
 from runners.base import open_runner
 from runners.coreml import NEIGHBOURS
 
@@ -71,6 +72,11 @@ def test_a_layout_decodes_to_the_tokens_of_the_reference(laid_out, talkative, me
     ours.step(np.array([prompt] * 2), first)
     again = ours.step(np.array([prompt]), ours.restart(first, np.array([1])))
     np.testing.assert_allclose(again[0], reference.score(mel[1:], prompt), atol=tolerance)
+
+
+def test_a_layout_without_stages_of_its_own_still_shows_its_logits(laid_out, mel):
+    staged = _stages.open_staged("onnx.optimum", laid_out("onnx.optimum").path, 1)
+    assert staged.replay(mel[:1], staged.runner.tokens.prompt())[_stages.LOGITS].shape == (4, 51865)
 
 
 # --- Optimum and transformers.js
