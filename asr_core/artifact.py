@@ -37,8 +37,9 @@ class Manifest(Frozen):
     """Everything that a runner, or a person, needs to know about an artifact.
 
     ``build_key`` identifies the inputs (checkpoint, target, precision, exporter source, tool versions): an artifact with the
-    key of today's inputs is up to date. ``alignment_heads`` (decoder layer, head) are those whose attention the decoder shows, in
-    the order of its output; None where it shows none, so that the artifact has no word timestamps.
+    key of today's inputs is up to date. ``target`` is ``<target>.<layout>`` where the files have the form that another client
+    loads. ``alignment_heads`` (decoder layer, head) are those whose attention the decoder shows, in the order of its output;
+    None where it shows none, so that the artifact has no word timestamps.
     """
 
     schema_version: Literal[1] = 1

@@ -81,7 +81,9 @@ class Staged:
 def build_key(checkpoint: Checkpoint, target: str, precision: str) -> str:
     """SHA-256 over everything that decides the bytes: checkpoint, target, precision, our sources and the tools' versions."""
     core = Path(__file__).parent
-    sources = [core / name for name in SHARED_SOURCES] + [registry.source("exporters", target)]
+    # A layout is made of its target's own exporter.
+    own = dict.fromkeys(registry.source("exporters", name) for name in (target.partition(registry.LAYOUT)[0], target))
+    sources = [*(core / name for name in SHARED_SOURCES), *own]
     inputs = {
         "fingerprint": checkpoint.fingerprint,
         "target": target,
@@ -182,7 +184,8 @@ def export_in_process(
         build_key=build_key(opened, target, precision),
         dims=opened.dims,
         tokens=tokens.TokenIds.read(opened.path, opened.generation, opened.dims.n_text_ctx),
-        alignment_heads=opened.alignment_heads,
+        # Another client's form has no place for the output that ours are read from.
+        alignment_heads=None if registry.LAYOUT in target else opened.alignment_heads,
         tensors=tensors,
         files=artifact.seal(path),
         tools=tool_versions(target),

@@ -115,8 +115,14 @@ class Encoder(nn.Module):
 
     def forward(self, mel: Tensor) -> Tensor:
         """Encode float [B, n_mels, 2F] log-mel into float [B, F, D] states."""
-        x = F.gelu(self.conv2(F.gelu(self.conv1(mel))))
-        x = x.transpose(1, 2) + self.embed_positions.weight
+        return self.transform(self.stem(mel) + self.embed_positions.weight)
+
+    def stem(self, mel: Tensor) -> Tensor:
+        """The convolutions: float [B, n_mels, 2F] → [B, F, D]."""
+        return F.gelu(self.conv2(F.gelu(self.conv1(mel)))).transpose(1, 2)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Everything after the positions were added: [B, F, D] → states [B, F, D]."""
         for layer in self.layers:
             x = layer(x)
         states: Tensor = self.layer_norm(x)
@@ -243,6 +249,89 @@ class DynamicStep(nn.Module):
             queries.append(q)
             new += [k_new, v_new]
         return (self.decoder.logits(x), self.decoder.choose_heads(queries, self.heads), *new)
+
+
+class EncodeShort(nn.Module):
+    """Mel of any length up to a window → the cross-attention K and V of all layers, heads not split, and the states."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, mel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, n_mels, T] → K and V [L, B, F, D], states [B, F, D]."""
+        x = self.encoder.stem(mel)
+        states = self.encoder.transform(x + self.encoder.embed_positions.weight[: x.shape[1]])
+        keys = torch.stack([layer.encoder_attn.k_proj(states) for layer in self.decoder.blocks])
+        values = torch.stack([layer.encoder_attn.v_proj(states) for layer in self.decoder.blocks])
+        return keys, values, states
+
+
+class FixedStep(nn.Module):
+    """Decoder step over caches of the full text context, which it returns with the new rows in their places."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(
+        self, tokens: Tensor, keys: Tensor, values: Tensor, cross_keys: Tensor, cross_values: Tensor, offset: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Tokens int [B, T] at ``offset`` int [1]; caches [L, B, n_text_ctx, D]; cross [L, B, F, D]; heads are not split."""
+        decoder = self.decoder
+        positions = offset + torch.arange(tokens.shape[1], device=tokens.device)
+        slots = torch.arange(decoder.dims.n_text_ctx, device=tokens.device)
+        x = decoder.embed(tokens, positions)
+        mask = ((slots[None, :] > positions[:, None]) * MASKED).to(x.dtype)
+        made: list[tuple[Tensor, Tensor]] = []
+        for i, layer in enumerate(decoder.blocks):
+            attn, h = layer.self_attn, layer.self_attn_layer_norm(x)
+            k = keys[i].index_copy(1, positions, attn.k_proj(h))
+            v = values[i].index_copy(1, positions, attn.v_proj(h))
+            x = x + attn.output(attend(attn.query(h), split_heads(k, attn.heads), split_heads(v, attn.heads), mask))
+            cross = (split_heads(rows[i], attn.heads) for rows in (cross_keys, cross_values))
+            x, _ = layer.cross_and_ffn(x, *cross)
+            made.append((k, v))
+        return (decoder.logits(x), *(torch.stack(rows) for rows in zip(*made, strict=True)))
+
+
+class GrowingStep(nn.Module):
+    """Decoder step in the form that Hugging Face's clients pass a cache: [B, H, P, E] in, the whole [B, H, P + T, E] out."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, tokens: Tensor, past: Sequence[Tensor], cross: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Tokens int [B, T]; past 2L × [B, H, P, E]; cross 2L × [B, H, F, E] → (logits [B, T, vocab], 2L × [B, H, P + T, E])."""
+        p = past[0].shape[2]
+        t = tokens.shape[1]
+        positions = torch.arange(p, p + t, device=tokens.device)
+        mask = (torch.arange(p + t, device=tokens.device)[None, :] > positions[:, None]) * MASKED
+        x = self.decoder.embed(tokens, positions)
+        mask = mask.to(x.dtype)
+        present: list[Tensor] = []
+        for i, layer in enumerate(self.decoder.blocks):
+            h = layer.self_attn_layer_norm(x)
+            new = layer.self_attn.keys_values(h)
+            k, v = (torch.cat([old, rows], 2) for old, rows in zip(past[2 * i : 2 * i + 2], new, strict=True))
+            x = x + layer.self_attn.output(attend(layer.self_attn.query(h), k, v, mask))
+            x, _ = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
+            present += [k, v]
+        return (self.decoder.logits(x), *present)
+
+
+class CrossKeysValues(nn.Module):
+    """Encoder states → the cross-attention K/V of every decoder layer, where a graph of its own computes them."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, states: Tensor) -> tuple[Tensor, ...]:
+        """[B, F, D] → (k0, v0, k1, v1, …), [B, H, F, E] each."""
+        return tuple(self.decoder.cross_keys_values(states))
 
 
 def load_weights(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:

@@ -1,4 +1,7 @@
-"""Find backends by looking into a package: a backend is one file, and nothing lists it."""
+"""Find backends by looking into a package: a backend is one file, and nothing lists it.
+
+``<target>.<layout>`` names a target in the form that another client loads; its file is ``_<target>_<layout>.py``.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from asr_core.errors import UnavailableError, UsageError
 DISTRIBUTION = "asr-export"
 # Files of the packages that are not backends.
 SHARED_MODULES = {"__init__", "base"}
+LAYOUT = "."  # between a target and its layout; "@" would be a revision to Hugging Face's clients
 
 
 def names(package: str) -> list[str]:
@@ -27,17 +31,26 @@ def names(package: str) -> list[str]:
     return sorted(name for name in found - SHARED_MODULES if not name.startswith("_"))
 
 
+def layouts(package: str, target: str) -> list[str]:
+    """The layouts that a target has beside its own, sorted."""
+    prefix = f"_{target}_"
+    return sorted(file.stem.removeprefix(prefix) for file in _folder(package).glob(f"{prefix}*.py"))
+
+
 def source(package: str, name: str) -> Path:
     """The file of one backend."""
-    return _folder(package) / f"{name}.py"
+    return _folder(package) / f"{_module(name)}.py"
 
 
 def load(package: str, name: str) -> ModuleType:
     """Import one backend by name; raises :class:`UsageError`, listing the known ones, for an unknown name."""
+    target, _, layout = name.partition(LAYOUT)
     known = names(package)
-    if name not in known:
+    if target not in known:
         raise UsageError(f"unknown target {name!r}; the known ones: {', '.join(known)}.")
-    return importlib.import_module(f"{package}.{name}")
+    if layout and layout not in layouts(package, target):
+        raise UsageError(_no_layout(target, layout, layouts(package, target)))
+    return importlib.import_module(f"{package}.{_module(name)}")
 
 
 def import_alone(name: str, *, without: Sequence[str]) -> ModuleType:
@@ -68,6 +81,7 @@ def absent(packages: Sequence[str]) -> Iterator[None]:
 
 def requirements(extra: str) -> list[str]:
     """The packages that an extra of this distribution installs (its row in ``pyproject.toml``), by name."""
+    extra = extra.partition(LAYOUT)[0]
     marker = re.compile(rf"""extra\s*==\s*['"]{re.escape(extra)}['"]""")
     rows = (row.partition(";") for row in metadata.requires(DISTRIBUTION) or [])
     return sorted(re.split(r"[\s\[<>=!~(]", package, maxsplit=1)[0] for package, _, when in rows if marker.search(when))
@@ -80,8 +94,19 @@ def require(target: str, *extras: str) -> None:
     missing = [package for package in needed if not _installed(package)]
     if missing:
         raise UnavailableError(
-            f"{target} needs {', '.join(missing)}, not installed here: pip install '{DISTRIBUTION}[{','.join(wanted)}]'"
+            f"{target} needs {', '.join(missing)}, not installed here: "
+            f"pip install '{DISTRIBUTION}[{','.join(one.partition(LAYOUT)[0] for one in wanted)}]'"
         )
+
+
+def _module(name: str) -> str:
+    target, dot, layout = name.partition(LAYOUT)
+    return f"_{target}_{layout}" if dot else target
+
+
+def _no_layout(target: str, layout: str, known: list[str]) -> str:
+    has = f"has these beside its own: {', '.join(known)}" if known else "has only its own"
+    return f"{target} has no layout {layout!r}; it {has}."
 
 
 def _installed(package: str) -> bool:

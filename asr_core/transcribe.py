@@ -252,7 +252,8 @@ class _Run:
         together = options.batch_size > 1
 
         def past() -> _Past:
-            conditions = options.condition_on_previous_text and not together
+            # A checkpoint without the token for it cannot be told what was said before.
+            conditions = options.condition_on_previous_text and not together and self.model.tokens.previous is not None
             return _Past(initial, room, options.carry_initial_prompt or together, conditions)
 
         shared = past()

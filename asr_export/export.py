@@ -45,6 +45,7 @@ class Job:
 @checkpoint_options
 @click.option("--target", required=True, help="One of the targets (an unknown one lists them), or 'all'.")
 @click.option("--precision", default="all", show_default=True, help="One of the target's precisions, or 'all'.")
+@click.option("--layout", help="The form that another client loads (an unknown one lists the target's) [ours].")
 @click.option("--out", default="artifacts", show_default=True, type=click.Path(path_type=Path), help="Root of the output.")
 @click.option(
     "--alignment-heads",
@@ -62,6 +63,7 @@ def main(
     adapter: str | None,
     target: str,
     precision: str,
+    layout: str | None,
     out: Path,
     asked: str,
     source: Path | None,
@@ -72,7 +74,7 @@ def main(
     """Run the command."""
     from asr_export import heads
 
-    planned = plan(target, precision)
+    planned = plan(target, precision, layout)
     require_any({name for name, _ in planned})
     checkpoint = heads.choose(open_checkpoint(model, adapter), asked, source, out)
     failures = []
@@ -92,11 +94,17 @@ def main(
         raise SystemExit(failures[0].exit_code)
 
 
-def plan(target: str, precision: str) -> list[tuple[str, str]]:
-    """Targets and precisions that the options name; raises :class:`~asr_core.errors.UsageError` for unknown ones."""
+def plan(target: str, precision: str, layout: str | None = None) -> list[tuple[str, str]]:
+    """Targets and precisions that the options name; raises :class:`~asr_core.errors.UsageError` for unknown ones.
+
+    ``layout`` makes each target ``<target>.<layout>``; of all targets, those that have it.
+    """
     from asr_core import build, registry
 
     targets = registry.names("exporters") if target == "all" else [target]
+    if layout:
+        having = [name for name in targets if layout in registry.layouts("exporters", name)]
+        targets = [f"{name}{registry.LAYOUT}{layout}" for name in having or targets]
     pairs = []
     for name in targets:
         precisions = build.exporter(name).PRECISIONS if precision == "all" else (precision,)

@@ -147,8 +147,7 @@ def measure_all(
         progress.advance(bar)
         for folder in folders:
             rows.append(session.judge(folder))
-            testimony = session.testimony(rows[-1], folder)
-            rows += [testimony] if testimony else []
+            rows += session.testimony(rows[-1], folder)
             progress.advance(bar)
     if session.kept.resumed:
         click.echo(f"Resumed: {', '.join(session.kept.resumed)} measured before (--fresh measures anew).", err=True)

@@ -160,7 +160,7 @@ def _transcriber(folder: Path, given: dict[str, Any], threads: int) -> tuple[Wor
     artifact = Artifact.open(folder)
     bundle = Bundle.read(artifact.path)
     options = _options(given, artifact.manifest.tokens, bundle.tokenizer)
-    runner: Any = open_runner(artifact.manifest.target, artifact.path, threads)
+    runner = open_runner(artifact.manifest.target, artifact.path, threads)
 
     def words_of(path: Path, progress: Progress) -> Transcript:
         transcript = transcribe(runner, bundle, path, options, progress)

@@ -69,7 +69,7 @@ class Traceable:
     the host computes or reads itself.
     """
 
-    module: torch.nn.Module
+    module: Any
     inputs: Ports
     outputs: Ports
     states: Ports = field(default_factory=dict)
@@ -96,17 +96,23 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
     specs: list[TensorSpec] = []
     for name, describe in (("encoder", _encoder), ("decoder", _stateful_step if stateful else _stateless_step)):
         progress(name)
-        traceable = describe(checkpoint)
-        if stateful and weights in PALETTE_BITS:
-            _set_sizes_apart(traceable.module)
-        with _clean_conversion(name):
-            model = _convert(traceable, weights, stateful=stateful)
-            _check_states(model, traceable)
-            specs += _specs(name, traceable, weights)
-            del traceable  # its weights are in the model now
-            progress(f"{name} weights")
-            _compress(model, weights, grouped=stateful).save(str(folder / f"{name}.mlpackage"))
-        del model
+        specs += package(name, describe(checkpoint), folder, weights, progress, stateful=stateful)
+    return specs
+
+
+def package(
+    name: str, traceable: Traceable, folder: Path, weights: str, progress: Progress, *, stateful: bool = False
+) -> list[TensorSpec]:
+    """Convert one graph and write ``<name>.mlpackage``; returns its inputs and outputs."""
+    if stateful and weights in PALETTE_BITS:
+        _set_sizes_apart(traceable.module)
+    with _clean_conversion(name):
+        model = _convert(traceable, weights, stateful=stateful)
+        _check_states(model, traceable)
+        specs = _specs(name, traceable, weights)
+        traceable.module = None  # its weights are in the model now
+        progress(f"{name} weights")
+        _compress(model, weights, grouped=stateful).save(str(folder / f"{name}.mlpackage"))
     return specs
 
 
@@ -152,8 +158,8 @@ def _encoder(checkpoint: Checkpoint) -> Traceable:
     dims = checkpoint.dims
     with torch.device("meta"):
         module = graph.EncodeWithCross(graph.Encoder(dims), graph.Decoder(dims))
-    _load(module.encoder, "model.encoder.", checkpoint)
-    _load(module.decoder, "model.decoder.", checkpoint, r"encoder_attn\.[kv]_proj")
+    load_weights(module.encoder, "model.encoder.", checkpoint)
+    load_weights(module.decoder, "model.decoder.", checkpoint, r"encoder_attn\.[kv]_proj")
     return Traceable(
         module=module,
         inputs={"mel": (1, dims.n_mels, 2 * dims.n_audio_ctx)},
@@ -295,10 +301,10 @@ def _decoder(checkpoint: Checkpoint) -> Any:
 
     with torch.device("meta"):
         decoder = graph.Decoder(checkpoint.dims)
-    return _load(decoder, "model.decoder.", checkpoint, r"(?!.*encoder_attn\.[kv]_proj)")
+    return load_weights(decoder, "model.decoder.", checkpoint, r"(?!.*encoder_attn\.[kv]_proj)")
 
 
-def _load(module: Any, prefix: str, checkpoint: Checkpoint, wanted: str = "") -> Any:
+def load_weights(module: Any, prefix: str, checkpoint: Checkpoint, wanted: str = "") -> Any:
     """Give a module without storage the tensors below ``prefix`` whose names hold the pattern; only those are read.
 
     The others stay without storage: a graph that uses one cannot be converted.

@@ -34,6 +34,9 @@ CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 HEAD = "decoder.embed_tokens.weight"  # the embedding, which is the tied head too
 # Weights that share a scale in MatMulNBits. Large blocks are the fastest, and per-row scales are already accurate at 8 bits.
 BLOCKS = (128, 64, 32, 16)
+# Float32 for the caller in every precision, by the names of all layouts.
+FLOAT_INPUTS = {"mel", "input_features", "encoder_hidden_states"}
+FLOAT_OUTPUTS = {"encoder_states", "last_hidden_state"}
 ROWS = 4096  # rows that are quantised at once: bounds the temporaries
 LARGEST_Q8 = 127  # of signed 8-bit weights
 ZERO_POINT = 128  # of MatMulNBits' unsigned 8-bit weights
@@ -46,14 +49,28 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
     specs: list[TensorSpec] = []
     for name, describe in (("encoder", _encoder), ("decoder", _decoder)):
         progress(f"{name} graph")
-        with _quiet():
-            model = _trace(describe, checkpoint, precision)
-            _Rewriter(model.graph, checkpoint.weights, precision).run(name)
-            _clean(model)
-            progress(f"{name} weights")
-            _save(model, folder / f"{name}.onnx")
-        specs += _specs(name, model)
+        model = draft(describe, checkpoint, precision, name)
+        progress(f"{name} weights")
+        specs += ship(model, name, folder / f"{name}.onnx")
     return specs
+
+
+def draft(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, precision: str, kind: str) -> ir.Model:
+    """A graph in its shipped form whose weights have not been read; ``kind`` is what it is like, ``encoder`` or ``decoder``."""
+    with _quiet():
+        model = _trace(describe, checkpoint, precision)
+        _Rewriter(model.graph, checkpoint.weights, precision).run(kind)
+    return model
+
+
+def ship(model: ir.Model, name: str, path: Path, data_suffix: str = ".data") -> list[TensorSpec]:
+    """Tidy a draft and write it, its weights streamed into a file beside it; returns its inputs and outputs."""
+    import onnx_ir as ir
+
+    with _quiet():
+        _clean(model)
+        ir.save(model, path, external_data=path.name + data_suffix)
+    return _specs(name, model)
 
 
 # --- tracing without weights
@@ -331,14 +348,14 @@ class _Rewriter:
         import onnx_ir as ir
 
         for value in self.graph.inputs:
-            if value.name == "mel":
+            if value.name in FLOAT_INPUTS:
                 readers = list(value.consumers())
                 narrow = self._insert(self.graph[0], "Cast", [value], to=ir.DataType.FLOAT16)
                 for reader in readers:
                     reader.replace_input_with(0, narrow)
                 value.dtype = ir.DataType.FLOAT
         for index, value in enumerate(self.graph.outputs):
-            if value.name == "encoder_states":
+            if value.name in FLOAT_OUTPUTS:
                 widen = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
                 self.graph.append(widen)
                 states = widen.outputs[0]
@@ -395,17 +412,11 @@ def _clean(model: ir.Model) -> None:
         passes.ClearMetadataAndDocStringPass(),
     ):
         tidy(model)
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         for output in node.outputs:
             if not output.is_graph_output():
                 output.shape = output.type = None
     model.opset_imports[CONTRIB] = 1
-
-
-def _save(model: ir.Model, path: Path) -> None:
-    import onnx_ir as ir
-
-    ir.save(model, path, external_data=f"{path.name}.data")
 
 
 def _specs(graph: str, model: ir.Model) -> list[TensorSpec]:

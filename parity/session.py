@@ -112,13 +112,15 @@ class Session:
             return row
         return self._through_modes(self._through_suite(row, outcome.result["suite"]), outcome.result["modes"])
 
-    def testimony(self, row: Row, path: Path) -> Row | None:
-        """The row of the target's production client over a measured artifact; None where it has none, or nobody asked."""
-        if self.level != "full" or row.token_match is None or not witness.has_client(row.target):
-            return None
-        self.progress(f"{row.target}-{row.precision}", "client")
-        folder = self.work / f"{row.target}-{row.precision}"
-        return witness.testify(row.target, row.precision, path, folder, self.utterances, self._probes(), self.threads)
+    def testimony(self, row: Row, path: Path) -> list[Row]:
+        """The rows of the target's production clients over a measured artifact; none where it has none, or nobody asked."""
+        if self.level != "full" or row.token_match is None:
+            return []
+        folder, rows = self.work / f"{row.target}-{row.precision}", []
+        for client in witness.clients(row.target):
+            self.progress(f"{row.target}-{row.precision}", client)
+            rows.append(witness.testify(client, row.precision, path, folder, self.utterances, self._probes(), self.threads))
+        return rows
 
     def _through_suite(self, row: Row, results: suite.Results) -> Row:
         """The row with what the failure classes found; whatever they find fails it."""

@@ -159,6 +159,20 @@ class StepRunner(Written, ABC):
         """Free the model."""
 
 
+class WithoutAttention(StepRunner):
+    """A step runner over a form that does not show its cross-attention as our word timestamps need it."""
+
+    alignment_heads = None
+
+    def step_with_queries(self, tokens: NDArray[np.int64], state: Any) -> tuple[Logits, Array]:
+        """Never called: :meth:`cross_attention` refuses."""
+        raise NotImplementedError
+
+    def cross_keys(self, state: Any, layer: int) -> Array:
+        """Never called: :meth:`cross_attention` refuses."""
+        raise NotImplementedError
+
+
 def open_runner(target: str, path: Path, threads: int) -> Runner:
     """Open an artifact folder (or, for ``pytorch``, a checkpoint folder) with its runtime.
 

@@ -103,7 +103,7 @@ class CoreMLRunner(StepRunner):
         self._past = [spec for spec in inputs if spec.name.startswith("past_")]
         self._cross = [spec.name for spec in inputs if spec.name.startswith("cross_")]
         states = [] if self._past else [name.replace("cross_", "past_", 1) for name in self._cross]
-        _check_system(stateful=bool(states))
+        check_system(stateful=bool(states))
         self._encoder = self._open(artifact.path / "encoder.mlpackage", [], threads)
         self._decoder = self._open(artifact.path / "decoder.mlpackage", states, threads)
 
@@ -148,7 +148,7 @@ class CoreMLRunner(StepRunner):
         return np.concatenate([_float32(self._encode(window[None])["encoder_states"]) for window in mel])
 
     def _open(self, package: Path, state_names: list[str], threads: int) -> Model:
-        return _model(package, state_names, threads)
+        return open_model(package, state_names, threads)
 
     def _encode(self, window: Mel) -> Mapping[str, Any]:
         return self._encoder.predict({"mel": np.ascontiguousarray(window)})
@@ -181,7 +181,8 @@ def _float32(array: Any) -> NDArray[np.float32]:
     return np.asarray(array, np.float32)
 
 
-def _model(package: Path, state_names: list[str], threads: int) -> Model:
+def open_model(package: Path, state_names: list[str], threads: int) -> Model:
+    """A program on Core ML, or elsewhere in the interpreter."""
     if MACOS:
         return Native(package, state_names)
     import torch
@@ -192,7 +193,7 @@ def _model(package: Path, state_names: list[str], threads: int) -> Model:
     return _mil.Program(package)
 
 
-def _check_system(*, stateful: bool) -> None:
+def check_system(*, stateful: bool) -> None:
     """Raise :class:`UnavailableError` where neither Core ML nor the interpreter can run the artifact."""
     if not MACOS:
         registry.require("coreml", "pytorch")

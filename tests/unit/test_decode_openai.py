@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import whisper.decoding
+from whisper.decoding import DecodingOptions
+from whisper.tokenizer import TO_LANGUAGE_CODE
 
-from asr_core import audio, decode
+from asr_core import audio, decode, languages
 from asr_core.checkpoint import Checkpoint
 from asr_core.decode import DecodeOptions
 from asr_core.search import Sampling
-from asr_core.tokens import load_tokenizer, suppressed
+from asr_core.tokens import load_tokenizer, non_speech_tokens, suppressed
 from runners import pytorch
 from tests import openai_oracle
 from tests.unit.test_decode import mels
@@ -150,6 +152,18 @@ def test_language_probabilities(carried):
     for one, other in zip(found, expected, strict=True):
         assert sum(one.values()) == pytest.approx(1)
         assert {code: other[code] for code in one} == pytest.approx(one, abs=1e-5)
+
+
+def test_lists_and_names_are_openais(carried):
+    theirs = openai_oracle.tokenizer(carried.checkpoint.path)
+    ours = load_tokenizer(carried.checkpoint.path)
+    with openai_oracle.policy_of(carried.checkpoint):
+        for chosen in ([-1], [5, 6], [-1, 300]):
+            task = whisper.decoding.DecodingTask(carried.model, DecodingOptions(language="en", suppress_tokens=chosen))
+            assert suppressed(ours, chosen) == task._get_suppress_tokens()
+    assert non_speech_tokens(ours) == theirs.non_speech_tokens
+    assert languages.NAMES == whisper.tokenizer.LANGUAGES
+    assert {name: languages.code_of(name.title()) for name in TO_LANGUAGE_CODE} == TO_LANGUAGE_CODE
 
 
 def drawn_at(monkeypatch: pytest.MonkeyPatch, quantile: float) -> None:

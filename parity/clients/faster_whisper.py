@@ -10,13 +10,16 @@ from numpy.typing import NDArray
 
 from asr_core import audio
 from asr_core.artifact import Artifact
+from parity.clients import require
 
 CLIENT = "faster-whisper"
+TARGET = "ctranslate2"
 COMPUTE_TYPES = {"fp32": "float32", "fp16": "float32", "int8": "int8_float32"}
 
 
 def open(path: Path, threads: int) -> Callable[[NDArray[np.float32], str], str]:
     """The client, told our decode policy: at most 30 s of samples and their language in, text out."""
+    require(CLIENT)
     from faster_whisper import WhisperModel
 
     manifest = Artifact.open(path).manifest

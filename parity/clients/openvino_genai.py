@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from parity.clients import require
+
 CLIENT = "openvino-genai"
+TARGET = "openvino"
 
 
 def open(path: Path, threads: int) -> Callable[[NDArray[np.float32], str], str]:
     """The client in float32, as our runner computes: at most 30 s of samples and their language in, text out."""
+    require(CLIENT)
     import openvino_genai
 
     pipeline = openvino_genai.WhisperPipeline(
