@@ -26,7 +26,7 @@ TIMINGS = (
     "rtfx", "latency_p50_s", "latency_p95_s", "ttft_s", "tokens_per_s", "load_s", "peak_rss_mb", "speedup",
 )  # fmt: skip
 # Every figure belongs to one axis, and no line of a report mixes two. Weights: teacher-forced on PyTorch's own tokens, over
-# the probes. Policy: free-running under the stated decode policy, over the whole set.
+# the probes. Policy: free-running under the stated decode policy, over the whole set. Modes: parity/modes.py, over a few.
 AXES = {
     "weights": (
         "encoder_max_abs", "encoder_rel_l2", "encoder_snr_db", "logits_max_abs", "logits_kl_mean", "logits_kl_max",
@@ -35,9 +35,9 @@ AXES = {
     "policy": (
         "token_match", "near_ties", "breaks", "flips", "first_divergence", "wer", "delta_wer", "delta_wer_interval", "cer",
         "delta_cer", "delta_cer_interval", "utterances_needed", "no_worse_share", "empty_rate", "loop_rate",
-        "insertion_rate", "suite", "texts_equal", "boundary_p95_s", "boundary_error_s", "word_p95_s", "words_in_place",
-        "language_match",
+        "insertion_rate", "suite", "texts_equal",
     ),
+    "modes": ("boundary_p95_s", "boundary_error_s", "word_p95_s", "words_in_place", "language_match"),
     "cost": (*TIMINGS, "size_mb"),
 }  # fmt: skip
 NEAR_TIE, BREAK = "near-tie", "break"

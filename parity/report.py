@@ -109,7 +109,7 @@ def _group_table(group: columns.Group, rows: list[dict[str, Any]]) -> Table:
     return out
 
 
-_TITLES = {"weights": "PyTorch's tokens forced", "policy": "free running", "cost": "batch 1"}
+_TITLES = {"weights": "PyTorch's tokens forced", "policy": "free running", "modes": "a few utterances", "cost": "batch 1"}
 
 
 def _thresholds(rows: list[Row]) -> dict[str, compare.Bounds]:

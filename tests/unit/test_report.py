@@ -292,7 +292,7 @@ def test_markdown_keeps_its_tables_and_escapes_marks(document):
     assert "<script>" not in text
     assert "\\*three\\*" in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 4
+    assert len(tables) == 5
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1, table
     assert "not measured" in text
@@ -305,7 +305,7 @@ def test_the_terminal_has_a_table_for_each_group():
     text = console.export_text()
     for group in columns.GROUPS:
         assert group.title in text
-    assert text.count("onnx-int8") == 3
+    assert text.count("onnx-int8") == 4
     assert "nan" in text
 
 
