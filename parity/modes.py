@@ -35,7 +35,9 @@ PAUSE_S = 0.5  # between the utterances of the recording
 WINDOWS: Mapping[Level, int] = {"quick": 2, "full": 12}
 MOST_TOKENS = 96
 SAME_WORD_S = 0.02  # one position of the encoder: paths that are equally good differ by that much
-NEAR_LANGUAGES = 1e-3  # PyTorch is undecided where its two best languages' probabilities are this close
+# How far PyTorch's best language must be ahead for another one to be wrong: of rounding, and of fewer bits.
+NEAR_LANGUAGES = 1e-3
+DECIDED = 0.1
 POLICIES: Mapping[str, Mapping[str, Any]] = {
     "timestamps": {"timestamps": True},
     "beam": {"beam_size": 5},
@@ -49,7 +51,7 @@ class Figures:
 
     ``boundary_p95_s`` is of segment boundaries in windows that have as many of them as PyTorch's; ``boundary_error_s`` the mean
     distance of the artifact's own from the true ones. Words are those of PyTorch's tokens, so that each has its counterpart.
-    ``language_match`` is the share of windows in which PyTorch's language is the likeliest.
+    ``language_match`` is the share of windows in which PyTorch's language is the likeliest, of those where PyTorch is decided.
     """
 
     boundary_p95_s: float | None = None
@@ -169,7 +171,7 @@ def judge(reference: Results, candidate: Results, truth: Sequence[Sequence[float
             at = first_difference(one["tokens"], other["tokens"])
             judged.wrong[name] = f"{len(different)} of {len(expected)} windows, first window {i} from token {at} on"
     for i, (one, other) in enumerate(zip(reference["languages"], candidate["languages"], strict=True)):
-        if _likeliest(one) != _likeliest(other) and not _undecided(one):
+        if _likeliest(one) != _likeliest(other) and _lead(one) >= NEAR_LANGUAGES:
             judged.wrong["language"] = f"window {i} is {_likeliest(other)}, for PyTorch {_likeliest(one)}"
     for name, expected in reference["long"].items():
         if (what := _segments_differ(expected, candidate["long"][name])) is not None:
@@ -185,13 +187,14 @@ def figures(reference: Results, candidate: Results, truth: Sequence[Sequence[flo
     if reference["words"] is not None and candidate["words"] is not None:
         flat = [[time for word in window for time in word] for window in reference["words"]]
         words = list(_apart(flat, [[time for word in window for time in word] for window in candidate["words"]]))
-    pairs = list(zip(reference["languages"], candidate["languages"], strict=True))
+    pairs = zip(reference["languages"], candidate["languages"], strict=True)
+    agreed = [_likeliest(one) == _likeliest(other) for one, other in pairs if _lead(one) >= DECIDED]
     return Figures(
         boundary_p95_s=_quantile(apart),
         boundary_error_s=float(np.mean(errors)) if errors else None,
         word_p95_s=_quantile(words),
         words_in_place=float(np.mean(np.array(words) <= SAME_WORD_S + 1e-9)) if words else None,
-        language_match=float(np.mean([_likeliest(one) == _likeliest(other) for one, other in pairs])),
+        language_match=float(np.mean(agreed)) if agreed else None,
     )
 
 
@@ -227,6 +230,7 @@ def _likeliest(probabilities: Mapping[str, float]) -> str:
     return max(probabilities, key=lambda code: probabilities[code])
 
 
-def _undecided(probabilities: Mapping[str, float]) -> bool:
-    best, *rest = sorted(probabilities.values(), reverse=True)
-    return bool(rest) and best - rest[0] < NEAR_LANGUAGES
+def _lead(probabilities: Mapping[str, float]) -> float:
+    """How far the likeliest language is ahead of the next."""
+    best, second, *_ = sorted([*probabilities.values(), 0.0], reverse=True)
+    return best - second
