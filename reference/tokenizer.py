@@ -36,7 +36,7 @@ _SIGNS = (
 _MUSIC = "♩♪♫♬♭♮♯"
 _LEADING = (" -", " '")  # fine inside a word, not before it
 
-_MERGES = 1_020  # fewer than would make each word one token: the rarer ones stay in pieces
+_MERGES = 1_280  # fewer than would make each word one token: the rarer ones stay in pieces
 _SENTENCES = 20_000
 
 
@@ -74,7 +74,8 @@ def _corpus(seed: int) -> Iterable[str]:
     """Yield the grammar's sentences, then the signs: often enough to become single tokens."""
     random = Random(seed)
     for _ in range(_SENTENCES):
-        yield " " + grammar.sentence(random)
+        pair = grammar.sentence(random)
+        yield from (f" {pair[language].text}" for language in grammar.LANGUAGES)
     for sign in (*_SIGNS, *_MUSIC, *(text.strip() for text in _LEADING)):
         yield from (sign, " " + sign) * 200
 
