@@ -55,7 +55,7 @@ PREVIOUS_TEXT = 0.15  # of the windows of stages that have it
 CUT = 0.5  # of the full windows with timestamps: the last sentence goes on behind the window's end
 LATE = 0.2  # speech may begin late, up to the middle of the window
 LONG_PAUSES = 0.12  # of the windows with several sentences: up to 4 s
-SHIFTED = 0.5  # of the windows that are shorter than 30 s: they lie anywhere in those
+SHIFTED = 0.3  # of the windows that are shorter than 30 s: they lie anywhere in those
 
 Audio = npt.NDArray[np.float32]
 Span = tuple[float, float]

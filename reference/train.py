@@ -1,6 +1,7 @@
 """The recipe: `python -m reference.train --out DIR` trains the reference on a CPU."""
 
 import math
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +23,16 @@ from reference.examination import Examination
 from reference.synth import PHONEME_CLASSES
 from reference.tokenizer import START, TIMESTAMP_TOKENS
 
-PEAK_RATE = 1.5e-3
+PEAK_RATE = 2e-3
 WARM_UP = 200  # steps
 DECAY_FROM = 0.5  # share of the training at which the cosine begins
 SAVE_EVERY = 180.0  # seconds of the trainer's own processor time
 # Naming the sounds: synthesis knows which phoneme is spoken when, so the encoder is told, frame by frame; attention alone
 # did not find the audio in the time that a CPU has. The layer that names them is thrown away afterwards.
-SOUND_SHARE = 0.3
+SOUND_WEIGHT = 0.5
 # Guided attention (Tachibana et al. 2018): the last layer's cross-attention is told where the next token is spoken, and one
 # head of the layer before it where the token just written was.
-GUIDE_SHARE = 0.3
+GUIDE_WEIGHT = 1.0
 GUIDED_HEADS = [(1, 0), (1, 1)]
 FOLLOWING_HEAD = (0, 0)
 # One token a window tells its language, and whether anyone speaks: it counts as much as several tokens of text.
@@ -149,7 +150,7 @@ class Losses:
     @property
     def total(self) -> torch.Tensor:
         """What is minimised."""
-        return (1 - SOUND_SHARE) * self.entropy + SOUND_SHARE * self.sounds + GUIDE_SHARE * self.guide
+        return self.entropy + SOUND_WEIGHT * self.sounds + GUIDE_WEIGHT * self.guide
 
 
 def losses(run: Run, writer: Writer, batch: Batch, *, half: bool) -> Losses:
@@ -223,13 +224,17 @@ def learning_rate(step: int, progress: float) -> float:
 def main(*, out: Path, hours: float, threads: int, seed: int, half: bool) -> None:
     """Train the reference; run again with the same folder, it continues."""
     torch.set_num_threads(threads)
+    torch.multiprocessing.set_sharing_strategy("file_system")  # the other one loses connections on a busy machine
     tokenizer = layout.write_tokenizer_once(out / "tokenizer")
     run = new_run(tokenizer, seed)
     state = out / "run.pt"
     if state.is_file():
         run.load(state)
-    train(run, out, hours * 3600, seed, half=half)
-    run.save(state)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt, so that nothing learned is lost
+    try:
+        train(run, out, hours * 3600, seed, half=half)
+    finally:
+        run.save(state)
     heads = alignment_heads(run.model, tokenizer)
     layout.write_checkpoint(out / "checkpoint", run.model, out / "tokenizer", heads)
 
