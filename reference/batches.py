@@ -140,6 +140,7 @@ class Batch:
     labels: torch.Tensor  # int64 [batch, tokens], IGNORED where there is no loss
     spans: torch.Tensor  # float32 [batch, tokens, 2], the frames' positions in which a label is spoken; NaN where none
     sounds: torch.Tensor  # int64 [batch, positions], the phoneme's class, IGNORED behind a window's own audio
+    pieces: torch.Tensor  # int64 [batch, positions], the token that is being spoken, IGNORED where none is
     seconds: float  # of audio, padding included
 
 
@@ -270,11 +271,13 @@ def collate(group: list[Utterance], writer: "Writer", *, full: bool) -> Batch:
     latest = POSITIONS - samples // POSITION
     group = [replace(utterance, first=min(utterance.first, latest)) for utterance in group]
     audio = np.zeros((len(group), samples), np.float32)
-    sounds = np.full((len(group), samples // POSITION), IGNORED)
-    for row, heard, utterance in zip(audio, sounds, group, strict=True):
+    sounds, pieces = (np.full((len(group), samples // POSITION), IGNORED) for _ in range(2))
+    for row, heard, read, utterance in zip(audio, sounds, pieces, group, strict=True):
         row[: len(utterance.audio)] = utterance.audio
         own = _sounds(utterance)
         heard[: len(own)] = own
+        for token, (start, end) in writer.spoken(utterance):
+            read[round(start * POSITIONS_A_SECOND) : round(end * POSITIONS_A_SECOND)] = token
     scripts = [writer.script(utterance) for utterance in group]
     width = max(len(script.inputs) for script in scripts)
     rest = [width - len(script.inputs) for script in scripts]
@@ -286,6 +289,7 @@ def collate(group: list[Utterance], writer: "Writer", *, full: bool) -> Batch:
         labels=torch.tensor([s.labels + [IGNORED] * more for s, more in pairs]),
         spans=torch.tensor([s.spans + [NOWHERE] * more for s, more in pairs]),
         sounds=torch.from_numpy(sounds),
+        pieces=torch.from_numpy(pieces),
         seconds=len(group) * samples / SAMPLE_RATE,
     )
 
@@ -332,6 +336,10 @@ class Writer:
         special = [START, f"<|{utterance.language}|>", task, *([] if utterance.timestamps else [NO_TIMESTAMPS])]
         return [*self._previous(utterance), *map(self.id, special)]
 
+    def spoken(self, utterance: Utterance) -> list[tuple[int, Span]]:
+        """Return the tokens that are spoken, in the language that is spoken, and when, in seconds."""
+        return [token for segment in utterance.segments for token in self._segment(segment, utterance.language)]
+
     def timestamp(self, seconds: float) -> int:
         """Return the token of a time in the window."""
         return self.first_timestamp + min(round(seconds / TIME_STEP), len(TIMESTAMP_TOKENS) - 1)
@@ -362,7 +370,7 @@ class Writer:
         whole = utterance.first * POSITION + len(utterance.audio)
         text: list[tuple[int, Span]] = []
         for segment in utterance.segments:
-            spoken = self._segment(segment, utterance.target)
+            spoken = [(token, _positions(*span)) for token, span in self._segment(segment, utterance.target)]
             if utterance.timestamps:
                 start = segment.start + shift
                 begin = self.timestamp(start if text else min(start, LATEST_START))
@@ -380,7 +388,7 @@ class Writer:
         return text
 
     def _segment(self, segment: Segment, target: str) -> list[tuple[int, Span]]:
-        """Return a sentence's tokens and where they are spoken: a word's letters are taken to be equally long."""
+        """Return a sentence's tokens and when they are spoken: a word's letters are taken to be equally long."""
         tokens: list[tuple[int, Span]] = []
         for index, word in enumerate(segment.take.pair[target].words):
             start, end = self._word_span(segment, target, index)
@@ -392,7 +400,7 @@ class Writer:
                 if lengths:
                     part = (start + spoken * scale, start + (spoken + lengths[place]) * scale)
                     spoken += lengths[place]
-                tokens.append((token, _positions(*part)))
+                tokens.append((token, part))
         return tokens
 
     def _word_span(self, segment: Segment, target: str, index: int) -> Span:

@@ -23,13 +23,17 @@ from reference.examination import Examination
 from reference.synth import PHONEME_CLASSES
 from reference.tokenizer import START, TIMESTAMP_TOKENS
 
-PEAK_RATE = 2e-3
+PEAK_RATE = 6e-4
 WARM_UP = 200  # steps
-DECAY_FROM = 0.5  # share of the training at which the cosine begins
+DECAY_FROM = 0.35  # share of the training at which the cosine begins
 SAVE_EVERY = 180.0  # seconds of the trainer's own processor time
 # Naming the sounds: synthesis knows which phoneme is spoken when, so the encoder is told, frame by frame; attention alone
 # did not find the audio in the time that a CPU has. The layer that names them is thrown away afterwards.
 SOUND_WEIGHT = 0.5
+# Another such layer names the piece of a word that is being spoken, so that a state knows the word around it: a decoder of
+# two layers cannot put words together from sounds.
+PIECE_WEIGHT = 0.5
+PIECE_STRIDE = 2  # every second position is enough
 # Guided attention (Tachibana et al. 2018): the last layer's cross-attention is told where the next token is spoken, and one
 # head of the layer before it where the token just written was.
 GUIDE_WEIGHT = 1.0
@@ -46,7 +50,8 @@ class Run:
     """A training run: what a checkpoint holds and a resumed run continues from."""
 
     model: WhisperForConditionalGeneration
-    listener: nn.Linear
+    listener: nn.Linear  # names sounds
+    reader: nn.Linear  # names pieces of words
     optimizer: torch.optim.Optimizer
     step: int = 0
     seconds: float = 0.0  # of audio
@@ -60,6 +65,7 @@ class Run:
         state = {
             "model": self.model.state_dict(),
             "listener": self.listener.state_dict(),
+            "reader": self.reader.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -73,6 +79,7 @@ class Run:
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.listener.load_state_dict(state["listener"])
+        self.reader.load_state_dict(state["reader"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
 
@@ -82,11 +89,14 @@ def new_run(tokenizer: Tokenizer, seed: int) -> Run:
     torch.manual_seed(seed)
     model = WhisperForConditionalGeneration(layout.model_config(tokenizer))
     model.set_attn_implementation(ATTENTION)
-    _order_timestamps(model, Writer(tokenizer).first_timestamp)
+    writer = Writer(tokenizer)
+    _order_timestamps(model, writer.first_timestamp)
     listener = nn.Linear(model.config.d_model, PHONEME_CLASSES)
-    trained = [p for p in [*model.parameters(), *listener.parameters()] if p.requires_grad]  # not the sinusoids
+    reader = nn.Linear(model.config.d_model, writer.end)
+    layers = (model, listener, reader)
+    trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]  # not the sinusoids
     optimizer = torch.optim.AdamW(trained, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    return Run(model, listener, optimizer)
+    return Run(model, listener, reader, optimizer)
 
 
 def _attend(
@@ -141,16 +151,17 @@ def decode(
 
 @dataclass(frozen=True)
 class Losses:
-    """Cross-entropy in nats a token, of sounds in nats a position, cross-attention's misplacement in nats a token."""
+    """Cross-entropy in nats a token, of sounds and pieces in nats a position, misplaced attention in nats a token."""
 
     entropy: torch.Tensor
     sounds: torch.Tensor
+    pieces: torch.Tensor
     guide: torch.Tensor
 
     @property
     def total(self) -> torch.Tensor:
         """What is minimised."""
-        return self.entropy + SOUND_WEIGHT * self.sounds + GUIDE_WEIGHT * self.guide
+        return self.entropy + SOUND_WEIGHT * self.sounds + PIECE_WEIGHT * self.pieces + GUIDE_WEIGHT * self.guide
 
 
 def losses(run: Run, writer: Writer, batch: Batch, *, half: bool) -> Losses:
@@ -159,12 +170,15 @@ def losses(run: Run, writer: Writer, batch: Batch, *, half: bool) -> Losses:
         states = encode(run.model, batch.mel, batch.first)
         scores, attention = decode(run.model, states, batch)
         named = run.listener(states)
+        pieces = batch.pieces[:, ::PIECE_STRIDE]
+        read = run.reader(states[:, ::PIECE_STRIDE][pieces != IGNORED])
     written = torch.cat([torch.full_like(batch.spans[:, :1], math.nan), batch.spans[:, :-1]], dim=1)
     layer, head = FOLLOWING_HEAD
     guided = [misplacement(attention[layer][:, head], batch.spans) for layer, head in GUIDED_HEADS]
     return Losses(
         entropy(scores.float(), batch, writer),
         nn.functional.cross_entropy(named.float().flatten(0, 1), batch.sounds.flatten(), ignore_index=IGNORED),
+        nn.functional.cross_entropy(read.float(), pieces[pieces != IGNORED], reduction="sum") / max((pieces != IGNORED).sum(), 1),
         torch.stack([*guided, misplacement(attention[layer][:, head], written)]).mean(),
     )
 
@@ -247,14 +261,14 @@ def train(run: Run, out: Path, seconds: float, seed: int, *, half: bool) -> None
     loader = iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=16))
     writer, examination = Writer(tokenizer), Examination(tokenizer)
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    means, saved = [10.0, 10.0, 10.0], time.process_time()
+    means, saved = [10.0] * 4, time.process_time()
     with Progress(*columns, console=Console(soft_wrap=True)) as bar:
         task = bar.add_task("starting", total=seconds)
         while run.seconds < seconds:
             measured = learn(run, writer, next(loader), run.seconds / seconds, half=half)
-            newest = (measured.entropy, measured.sounds, measured.guide)
+            newest = (measured.entropy, measured.sounds, measured.pieces, measured.guide)
             means = [mean + 0.02 * (float(value.detach()) - mean) for mean, value in zip(means, newest, strict=True)]
-            state = "step {}, loss {:.3f}, sounds {:.3f}, guide {:.3f}".format(run.step, *means)
+            state = "step {}, loss {:.3f}, sounds {:.3f}, pieces {:.3f}, guide {:.3f}".format(run.step, *means)
             bar.update(task, completed=run.seconds, description=state)
             if time.process_time() - saved > SAVE_EVERY:
                 run.save(out / "run.pt")
