@@ -46,13 +46,7 @@ class _Event(ctypes.Structure):
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 
 # Accents are shared by training and clips; a speaker (an espeak-ng variant) is in one of the two.
-ACCENTS = {
-    "en": (
-        *("en-us", "en-us", "en-us", "en", "en", "en-gb-x-rp"),
-        *("en-gb-scotland", "en-us-nyc", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029"),
-    ),
-    "es": ("es", "es-419"),
-}
+ACCENTS = {"en": ("en-us", "en-us", "en-us", "en", "en", "en-gb-x-rp", "en-us-nyc"), "es": ("es", "es-419")}
 HELD_OUT_ACCENTS = {"en": ("en-us", "en-us", "en", "en-gb-x-rp", "en-us-nyc"), "es": ("es", "es-419")}
 TRAINED_SPEAKERS = (
     *("m1", "m2", "m3", "m5", "m6", "m7", "f1", "f3", "f4", "f5", "Alex", "Alicia", "Andrea", "Annie"),
@@ -174,6 +168,7 @@ class _Synthesiser:
             self._library.espeak_SetParameter(parameter, value, 0)
         for collected in (self._chunks, self._words, self._sounds):
             collected.clear()
+        self._library.espeak_ng_SetRandSeed(0)  # some voices tremble at random
         encoded = text.encode()
         self._library.espeak_Synth(encoded, len(encoded) + 1, 0, _POSITION_CHARACTER, 0, _CHARS_UTF8, None, None)
         return _joined(self._chunks), list(self._words), list(self._sounds)
