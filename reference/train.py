@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AttentionInterface, AttentionMaskInterface, WhisperForConditionalGeneration
 from transformers.masking_utils import eager_mask
+from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 from reference import layout
 from reference.alignment import alignment_heads
@@ -41,8 +42,8 @@ PIECE_STRIDE = 2  # every second position is enough
 GUIDE_WEIGHT = 1.0
 GUIDED_HEADS = [(1, 0), (1, 1)]
 FOLLOWING_HEAD = (0, 0)
-# The encoder's heads look at what was spoken just before (the first head of each layer) and just after (the second): left to
-# itself, attention took most of the training to find its neighbours, and without them it knows sounds but no words.
+# The encoder's heads begin, and are kept, looking at what was spoken just before (the first head of each layer) and just after
+# (the second): left to itself, attention spread over the window for most of the training, and knew sounds but no words.
 NEAR_WEIGHT = 2.0
 NEAR = 14  # positions
 NEAR_ENOUGH = 0.7  # of a head's attention
@@ -97,6 +98,8 @@ def new_run(tokenizer: Tokenizer, seed: int) -> Run:
     torch.manual_seed(seed)
     model = WhisperForConditionalGeneration(layout.model_config(tokenizer))
     model.set_attn_implementation(ATTENTION)
+    for layer in model.model.encoder.layers:
+        _look_near(layer.self_attn)
     writer = Writer(tokenizer)
     _order_timestamps(model, writer.first_timestamp)
     listener = nn.Linear(model.config.d_model, PHONEME_CLASSES)
@@ -123,6 +126,27 @@ def _attend(
 ATTENTION = "training"
 AttentionInterface.register(ATTENTION, _attend)
 AttentionMaskInterface.register(ATTENTION, eager_mask)
+
+
+@torch.no_grad()
+def _look_near(attention: WhisperAttention) -> None:
+    """Add to the queries and keys what makes the first head look a little before its position, the second a little after.
+
+    Keys show their position's sine and cosine in the quicker half of the frequencies, queries those of a position near by.
+    """
+    width = attention.head_dim
+    frequency = torch.arange(width // 2)
+    sine, cosine = frequency, frequency + attention.embed_dim // 2  # where the encoder's positions hold them
+    step = math.log(10_000) / (attention.embed_dim // 2 - 1)
+    for head, offset in enumerate((-NEAR / 2, NEAR / 2)):
+        angle = offset * torch.exp(-step * frequency)
+        rows = head * width + 2 * frequency
+        attention.k_proj.weight[rows, sine] += 1
+        attention.k_proj.weight[rows + 1, cosine] += 1
+        attention.q_proj.weight[rows, sine] += angle.cos()
+        attention.q_proj.weight[rows, cosine] += angle.sin()
+        attention.q_proj.weight[rows + 1, cosine] += angle.cos()
+        attention.q_proj.weight[rows + 1, sine] -= angle.sin()
 
 
 @torch.no_grad()
@@ -268,7 +292,7 @@ def learning_rate(step: int, progress: float) -> float:
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
-@click.option("--hours", type=float, default=300.0, show_default=True, help="Of audio to learn from: the schedule's length.")
+@click.option("--hours", type=float, default=400.0, show_default=True, help="Of audio to learn from: the schedule's length.")
 @click.option("--threads", type=int, default=1, show_default=True, help="Of the trainer.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--half/--no-half", default=True, help="Multiply in bfloat16; weights stay float32.")
