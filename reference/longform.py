@@ -18,12 +18,13 @@ MINUTES = (1, 2, 5, 10, 20)
 PAUSE = (0.1, 0.9)  # seconds between two clips
 LONG_PAUSE = (2.0, 6.0)  # seconds, one pause in eight
 LONG_PAUSE_SHARE = 1 / 8
+SHORTEST = 3  # seconds at the end that no clip need fill; many clips are shorter
 
 
 def assemble(
     minutes: float, language: str, seed: int = 0, manifest: Path | None = None
 ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-    """Return a recording, float32 [samples] at 16 kHz, at most so long, and its entry for a manifest.
+    """Return a recording, float32 [samples] at 16 kHz, so long or up to 3 s shorter, and its entry for a manifest.
 
     The same arguments give the same recording. Its clips come in a random order, each as often as the others; times in the
     entry are in seconds.
@@ -33,8 +34,10 @@ def assemble(
     segments: list[dict[str, Any]] = []
     samples, most = 0, round(minutes * 60 * SAMPLE_RATE)
     for entry, audio in _endless(random, language, manifest or manifest_path()):
-        if samples + len(audio) > most:
+        if samples > most - SHORTEST * SAMPLE_RATE:
             break
+        if samples + len(audio) > most:
+            continue  # a shorter one comes
         segments += [_moved(segment, samples / SAMPLE_RATE) for segment in entry["segments"]]
         pause = random.uniform(*(LONG_PAUSE if random.random() < LONG_PAUSE_SHARE else PAUSE))
         pieces += [audio, np.zeros(round(pause * SAMPLE_RATE), np.float32)]
