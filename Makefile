@@ -4,7 +4,7 @@ BIN := .venv/bin
 BENCH := artifacts/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export-all parity test lint types bench clean
+.PHONY: help setup export-all parity nightly test lint types bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -27,11 +27,18 @@ setup: .venv/.all  ## make .venv and install every target's converter and runtim
 export-all: setup  ## export the carried checkpoint to every target and precision, then compare each with PyTorch
 	@status=0; \
 	$(BIN)/asr-export --target all --out artifacts || status=$$?; \
-	$(BIN)/asr-parity --artifacts artifacts --json artifacts/parity.json || status=$$?; \
+	$(BIN)/asr-parity --artifacts artifacts --json artifacts/parity.json --html artifacts/parity.html || status=$$?; \
 	exit $$status
 
 parity: setup  ## compare the artifacts at hand with PyTorch
-	$(BIN)/asr-parity --artifacts artifacts --json artifacts/parity.json
+	$(BIN)/asr-parity --artifacts artifacts --json artifacts/parity.json --html artifacts/parity.html
+
+nightly: setup  ## export and compare everything anew, append to artifacts/history.sqlite and judge against this machine's past
+	@status=0; \
+	$(BIN)/asr-export --target all --out artifacts || status=$$?; \
+	$(BIN)/asr-parity --artifacts artifacts --fresh --suite full --json artifacts/nightly.json --html artifacts/nightly.html \
+		--history artifacts/history.sqlite || { parity=$$?; test $$status -ne 0 || status=$$parity; }; \
+	exit $$status
 
 test: .venv/.test lint types  ## lint, types and tests
 	$(BIN)/python -m pytest

@@ -120,7 +120,8 @@ def stage(
     """
     check_precision(target, precision)
     registry.require(target, "export")
-    partial = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}")
+    # Absolute: a converter that is a program of its own may run in another folder.
+    partial = final.absolute().with_name(f".{final.name}{PARTIAL}{os.getpid()}")
     try:
         clean(final)
         partial.mkdir(parents=True)

@@ -27,6 +27,12 @@ class UsageError(AsrExportError):
     exit_code = 2
 
 
+class RegressionError(AsrExportError):
+    """Every artifact passes, yet one got worse than this machine's own past."""
+
+    exit_code = 3
+
+
 class CheckpointError(AsrExportError):
     """The source checkpoint cannot be used; the message lists every reason at once."""
 
@@ -61,3 +67,9 @@ class StorageError(AsrExportError):
     """The file system refused (no permission, disk full)."""
 
     exit_code = 9
+
+
+class UndecidedError(AsrExportError):
+    """Nothing fails, but the data set is too small to tell whether an artifact passes."""
+
+    exit_code = 10

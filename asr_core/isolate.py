@@ -38,6 +38,7 @@ class Outcome:
     reason: str
     seconds: float
     error: errors.AsrExportError | None = None
+    own_s: float = 0.0
 
 
 def run(
@@ -78,7 +79,8 @@ def run(
             try:
                 process.wait(timeout)
             except subprocess.TimeoutExpired:
-                return Outcome("timeout", {}, f"no answer within {timeout:.0f} s", time.perf_counter() - started)
+                late = f"no answer within {timeout:.0f} s{_tail(log)}"
+                return Outcome("timeout", {}, late, time.perf_counter() - started)
             finally:
                 _kill_group(process.pid)
                 process.wait()
@@ -124,20 +126,24 @@ def _kill_group(leader: int) -> None:
 
 
 def _last_words(code: int | None, log: Any) -> str:
-    log.seek(0)
-    tail = log.read().decode("utf-8", "replace").strip()[-STDERR_TAIL:]
     if code is not None and code < 0:
         end = f"killed by {signal.Signals(-code).name}"
         if -code == signal.SIGKILL:
             end += " (out of memory?)"
     else:
         end = f"exit code {code}"
-    return f"{end}; its last words: {tail}" if tail else end
+    return end + _tail(log)
+
+
+def _tail(log: Any) -> str:
+    log.seek(0)
+    tail = log.read().decode("utf-8", "replace").strip()[-STDERR_TAIL:]
+    return f"; its last words: {tail}" if tail else ""
 
 
 def _outcome(answer: dict[str, Any], seconds: float) -> Outcome:
     if "result" in answer:
-        return Outcome("ok", answer["result"], "", seconds)
+        return Outcome("ok", answer["result"], "", seconds, own_s=answer["own_s"])
     kind = getattr(errors, answer["error"], None)
     if kind is None:
         return Outcome("error", {}, answer["traceback"][-STDERR_TAIL:], seconds)
@@ -156,7 +162,9 @@ def _call(call: dict[str, Any], progress: Progress) -> dict[str, Any]:
     try:
         function = getattr(importlib.import_module(module), name)
         wants_progress = "progress" in function.__code__.co_varnames[: function.__code__.co_argcount]
-        return {"result": function(**call["arguments"], **({"progress": progress} if wants_progress else {}))}
+        started = time.perf_counter()
+        result = function(**call["arguments"], **({"progress": progress} if wants_progress else {}))
+        return {"result": result, "own_s": time.perf_counter() - started}
     except errors.AsrExportError as error:
         return {"error": type(error).__name__, "message": str(error)}
     except Exception as error:  # noqa: BLE001 - an isolated call must always answer

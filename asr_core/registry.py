@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import re
+import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from asr_core.errors import UnavailableError, UsageError
 
@@ -33,6 +37,26 @@ def load(package: str, name: str) -> ModuleType:
     if name not in known:
         raise UsageError(f"unknown target {name!r}; the known ones: {', '.join(known)}.")
     return importlib.import_module(f"{package}.{name}")
+
+
+def import_alone(name: str, *, without: Sequence[str]) -> ModuleType:
+    """Import a library that imports every neighbour it knows of, as if those in ``without`` were not installed.
+
+    They would cost seconds and hundreds of megabytes, and two of them in one process can abort it. What the library logs of
+    their absence is silenced.
+    """
+    before = {module: sys.modules[module] for module in without if module in sys.modules}
+    absent: dict[str, Any] = dict.fromkeys(without)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    sys.modules.update(absent)
+    try:
+        return importlib.import_module(name)
+    finally:
+        for module in without:
+            del sys.modules[module]
+        sys.modules.update(before)
+        logging.disable(disabled)
 
 
 def requirements(extra: str) -> list[str]:

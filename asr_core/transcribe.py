@@ -41,13 +41,16 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Transcript:
-    """The words of one file; ``rtfx`` is seconds of audio per second of work, from the file to its text."""
+    """The words of one file; ``rtfx`` is seconds of audio per second of work, from the file to its text.
+
+    It is None where the work was not the runtime's own.
+    """
 
     audio: str
     text: str
     tokens: list[int]
     duration_s: float
-    rtfx: float
+    rtfx: float | None
 
 
 def transcribe(decoder: Decoder, bundle: Bundle, path: str | Path, options: DecodeOptions) -> Transcript:

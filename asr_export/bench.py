@@ -74,6 +74,11 @@ def measure(contenders: list[Contender], rounds: int, tokens: int, threads: int)
     with ExitStack() as stack, stage_progress() as progress:
         bar = progress.add_task("benchmark", total=None, stage="load")
         pipes = {c.name: stack.enter_context(_process(c, tokens, threads)) for c in contenders}
+        for name, pipe in list(pipes.items()):
+            needs = pipe.recv()
+            if needs:
+                click.echo(f"{name}: not timed, needs {needs}")
+                del pipes[name], samples[name]
         for number in range(rounds + 1):
             for name, pipe in pipes.items():
                 progress.update(bar, stage=f"round {number}/{rounds}: {name}")
@@ -139,6 +144,7 @@ def _serve(contender: Contender, tokens: int, threads: int, pipe: Any) -> None:
     from runners.base import open_runner
 
     runner = open_runner(contender.target, contender.path, threads)
+    pipe.send("" if runner.timed else runner.timing_needs)
     generator = np.random.default_rng(0)
     mel = generator.standard_normal((1, runner.dims.n_mels, 3000)).astype(np.float32)
     forced = generator.integers(0, runner.tokens.end, tokens)

@@ -1,70 +1,239 @@
-"""``asr-parity``: compare every artifact with the PyTorch reference, each in its own process, and print one table."""
+"""``asr-parity``: compare every artifact with the PyTorch reference, each in its own process, and print one table.
+
+An interrupted run is taken up where it ended by the next one with the same inputs.
+"""
 
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from asr_core.errors import GateError, UnavailableError
+from asr_core.errors import REFUSALS, GateError, RegressionError, UnavailableError, UndecidedError, UsageError
 from asr_export.cli import handle_errors, stage_progress
+from asr_export.history import history
+from asr_export.localise import localise
+from asr_export.merge import merge
 
 if TYPE_CHECKING:
     from asr_core.checkpoint import Checkpoint
+    from parity import suite
     from parity.compare import Row
     from parity.data import Utterance
+    from parity.regression import Judgement
+    from parity.session import Session
+
+WORK = ".parity"  # below the artifacts' root: where large files are expected, and where `make clean` looks
+EPILOG = (
+    "Exit codes: 0 all pass, 1 some fail, 10 none fails but the data cannot decide some, 3 none of these but some got worse "
+    "than this machine's own past (--history), 5 none of these but some could not run here."
+)
 
 
-@click.command(help=__doc__, epilog="Exit codes: 0 all pass, 1 some fail, 5 none fails but some could not run here.")
+@click.group(help=__doc__, epilog=EPILOG, invoke_without_command=True)
 @click.option("--artifacts", default="artifacts", show_default=True, type=click.Path(path_type=Path), help="Artifacts' root.")
 @click.option("--model", default="reference", show_default=True, help="Checkpoint folder, hub id, or 'reference' (carried).")
 @click.option("--data", "source", type=click.Path(path_type=Path), help="NeMo manifest or LibriSpeech folder [carried clips].")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of every runtime.")
+@click.option(
+    "--suite",
+    "level",
+    default="quick",
+    show_default=True,
+    type=click.Choice(["quick", "full"]),
+    help="Failure classes that every artifact goes through; full adds lengths, threads, prompts and the ecosystems' clients.",
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report here too.")
+@click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write the report as one page that needs no network.")
+@click.option("--markdown", "markdown_file", type=click.Path(path_type=Path), help="Write a summary for a pull request.")
+@click.option("--history", "history_file", type=click.Path(path_type=Path), help="Append here, and judge against the past.")
+@click.option("--work", type=click.Path(path_type=Path), help=f"Where unfinished runs wait [{WORK} below the artifacts].")
+@click.option("--fresh", is_flag=True, help="Measure anew what an interrupted run had finished.")
+@click.pass_context
 @handle_errors
-def main(artifacts: Path, model: str, source: Path | None, threads: int, json_file: Path | None) -> None:
+def main(
+    context: click.Context,
+    artifacts: Path,
+    model: str,
+    source: Path | None,
+    threads: int,
+    level: suite.Level,
+    json_file: Path | None,
+    html_file: Path | None,
+    markdown_file: Path | None,
+    history_file: Path | None,
+    work: Path | None,
+    *,
+    fresh: bool,
+) -> None:
     """Run the command."""
+    if context.invoked_subcommand:
+        _refuse_options(context)
+        return
     from asr_core import registry
 
     registry.require("pytorch", "export")
     import reference
     from asr_core.checkpoint import Checkpoint
-    from parity import data, report
+    from parity import data, provenance, report
     from parity.session import discover
 
+    if history_file:
+        _check_history(history_file)
     checkpoint = Checkpoint.open(model)
     utterances = data.read(source or reference.manifest_path())
     folders = discover(artifacts, checkpoint.name)
-    rows, prepared = measure_all(checkpoint, utterances, folders, threads)
-    if json_file:
-        report.write_json(json_file, report.document(checkpoint, prepared, rows, threads))
-    _print(rows)
-    raise SystemExit(_exit_code(rows))
+    with ExitStack() as stack:
+        place = stack.enter_context(_work_folder(work, artifacts, _inputs(checkpoint, utterances, threads, level), fresh=fresh))
+        measured = measure_all(checkpoint, utterances, folders, threads, level, place)
+        session = measured.session
+        plain = report.document(
+            checkpoint, session.utterances, measured.rows, threads, details=measured.details, context=session.context
+        )
+        document = provenance.stamp(plain, utterances)
+        document["resumed"] = bool(session.kept.resumed)
+        judgement = None
+        try:
+            if history_file:
+                judgement = _record(history_file, document)
+        finally:  # hours of measuring must not be lost to a full disk under the history
+            _write(document, json_file, html_file, markdown_file)
+    _print(measured.rows)
+    if judgement:
+        _print_judgement(judgement)
+    raise SystemExit(exit_code({row.status for row in measured.rows}, regressed=bool(judgement and judgement.regressions)))
+
+
+main.add_command(history)
+main.add_command(localise)
+main.add_command(merge)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The rows of a run, the utterances behind them (:func:`parity.details.read`), and the session that measured them."""
+
+    rows: list[Row]
+    details: dict[str, Any]
+    session: Session
 
 
 def measure_all(
-    checkpoint: Checkpoint, utterances: list[Utterance], folders: list[Path], threads: int
-) -> tuple[list[Row], list[Utterance]]:
-    """Measure PyTorch and every artifact, with progress on the terminal; returns the rows and the utterances' durations."""
-    from parity.session import Session
+    checkpoint: Checkpoint, utterances: list[Utterance], folders: list[Path], threads: int, level: suite.Level, work: Path
+) -> Measured:
+    """Measure PyTorch and every artifact, with progress on the terminal; the files lie in ``work``."""
+    from parity import details
+    from parity.session import Session, normaliser
 
-    with tempfile.TemporaryDirectory(prefix="asr-parity-") as work, stage_progress() as progress:
+    started = time.perf_counter()
+    with stage_progress() as progress:
         bar = progress.add_task("", total=len(folders) + 1, stage="")
         session = Session(
             checkpoint,
             utterances,
-            Path(work),
+            work,
             threads,
+            level=level,
             progress=lambda name, stage: progress.update(bar, description=name, stage=stage),
         )
         rows = [session.prepare()]
         progress.advance(bar)
         for folder in folders:
             rows.append(session.judge(folder))
+            testimony = session.testimony(rows[-1], folder)
+            rows += [testimony] if testimony else []
             progress.advance(bar)
-        return rows, session.utterances
+    if session.kept.resumed:
+        click.echo(f"Resumed: {', '.join(session.kept.resumed)} measured before (--fresh measures anew).", err=True)
+    behind = details.read(work, rows, session.utterances, normaliser(checkpoint))
+    session.context["harness"] = {"wall_s": time.perf_counter() - started, "backends_s": session.backends_s}
+    return Measured(rows, behind, session)
+
+
+def exit_code(statuses: set[str], *, regressed: bool) -> int:
+    """What the rows' statuses mean for the caller: the worst of them (README, "Exit codes")."""
+    if statuses & {"fail", "crashed", "timeout"}:
+        return GateError.exit_code
+    if "undecided" in statuses:
+        return UndecidedError.exit_code
+    if regressed:
+        return RegressionError.exit_code
+    return UnavailableError.exit_code if "unavailable" in statuses else 0
+
+
+def _refuse_options(context: click.Context) -> None:
+    """An option of the run before a command would do nothing: say so."""
+    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+        named = ", ".join(options[name] for name in given)
+        raise UsageError(f"{named} belongs to a parity run; put the options of {context.invoked_subcommand} after its name.")
+
+
+def _inputs(checkpoint: Checkpoint, utterances: list[Utterance], threads: int, level: suite.Level) -> dict[str, Any]:
+    """Everything that the measurements of one run share: an interrupted run is taken up only where all of it is equal."""
+    from parity import provenance, report, resume
+
+    return {
+        "fingerprint": checkpoint.fingerprint,
+        "data": provenance.digest(utterances),
+        "threads": threads,
+        "suite": level,
+        "host": provenance.identity(report.host()),
+        "code": resume.code_version(),
+        "versions": provenance.versions(),
+    }
+
+
+@contextmanager
+def _work_folder(work: Path | None, artifacts: Path, inputs: dict[str, Any], *, fresh: bool) -> Iterator[Path]:
+    """Where this run can be taken up again; a temporary folder where another run has it or nothing may be written."""
+    from parity import resume
+
+    with ExitStack() as stack:
+        try:
+            place = stack.enter_context(resume.work_folder(work or artifacts / WORK, inputs, fresh=fresh))
+        except OSError as error:
+            if not isinstance(error, BlockingIOError) and (work or error.errno not in REFUSALS):
+                raise
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="asr-parity-")))
+        yield place
+
+
+def _check_history(file: Path) -> None:
+    """Refuse a file that cannot be appended to before the measuring, not after it."""
+    from parity.history import History
+
+    History(file).close()
+
+
+def _record(file: Path, document: dict[str, Any]) -> Judgement:
+    from parity import regression
+    from parity.history import History
+
+    with History(file) as opened:
+        number = opened.append(document)
+        judgement = regression.judge(opened, opened.run(number))
+    document["regressions"] = regression.document(judgement)
+    return judgement
+
+
+def _write(document: dict[str, Any], json_file: Path | None, html_file: Path | None, markdown_file: Path | None) -> None:
+    from parity import page, report
+
+    if json_file:
+        report.write_json(json_file, document)
+    if html_file:
+        page.write_html(html_file, document)
+    if markdown_file:
+        page.write_markdown(markdown_file, document)
 
 
 def _print(rows: list[Row]) -> None:
@@ -77,13 +246,20 @@ def _print(rows: list[Row]) -> None:
     console = terminal if terminal.is_terminal else Console(width=240)
     console.print(report.table(rows))
     for row in rows:
-        if row.status != "pass":
+        if row.reason:
             console.print(f"{row.target}-{row.precision} [bold]{row.status}[/]: ", end="")
             console.print(row.reason, markup=False, highlight=False)
 
 
-def _exit_code(rows: list[Row]) -> int:
-    statuses = {row.status for row in rows}
-    if statuses & {"fail", "crashed", "timeout"}:
-        return GateError.exit_code
-    return UnavailableError.exit_code if "unavailable" in statuses else 0
+def _print_judgement(judgement: Judgement) -> None:
+    from parity.regression import LEAST_RUNS
+
+    for regression in judgement.regressions:
+        click.echo(f"regression: {regression}")
+    if judgement.busy:
+        click.echo(f"busy machine, speeds are not judged: {judgement.busy}")
+    if judgement.not_enough:
+        names = ", ".join(f"{name} ({runs} of {LEAST_RUNS} runs)" for name, runs in judgement.not_enough.items())
+        click.echo(f"not enough history: {names}")
+    if judgement.judged:
+        click.echo(f"history: {judgement.judged} artifacts judged, {len(judgement.regressions)} regressions")

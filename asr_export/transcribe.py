@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +56,8 @@ def _transcriber(folder: Path, language: str, threads: int) -> Callable[[str], T
     artifact = Artifact.open(folder)
     artifact.manifest.tokens.prompt(language)
     runner = open_runner(artifact.manifest.target, artifact.path, threads)
-    return partial(transcribe, runner, Bundle.read(artifact.path), options=DecodeOptions(language=language))
+    words_of = partial(transcribe, runner, Bundle.read(artifact.path), options=DecodeOptions(language=language))
+    return words_of if runner.timed else lambda path: replace(words_of(path), rtfx=None)
 
 
 def _line(transcript: Transcript, form: str, *, several: bool) -> str:
@@ -64,5 +66,6 @@ def _line(transcript: Transcript, form: str, *, several: bool) -> str:
     import json
     from dataclasses import asdict
 
-    rounded = {"duration_s": round(transcript.duration_s, 3), "rtfx": round(transcript.rtfx, 2)}
+    rtfx = None if transcript.rtfx is None else round(transcript.rtfx, 2)
+    rounded = {"duration_s": round(transcript.duration_s, 3), "rtfx": rtfx}
     return json.dumps(asdict(transcript) | rounded, ensure_ascii=False)

@@ -8,25 +8,23 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from asr_core import isolate
+from asr_core import decode, isolate
 from asr_core.artifact import Artifact
-from asr_core.decode import DecodeOptions
-from asr_core.tokens import load_tokenizer, text_of
-from parity import data
-from runners.base import Runner, open_runner
+from asr_core.audio import WINDOW_SECONDS
+from asr_core.decode import Decoded, DecodeOptions, Logits, Mel
+from asr_core.tokens import TokenIds, load_tokenizer, text_of
+from parity import data, suite
+from parity.weights import top2_margin, weights_file
+from runners.base import Runner, StepRunner, open_runner
 
 DECODED = "decoded.jsonl"
 REFERENCE = "pytorch"
-
-
-def weights_file(folder: Path, index: int) -> Path:
-    """Where a probe's encoder states and logits are kept."""
-    return folder / f"weights-{index}.npz"
 
 
 def measure(
@@ -38,13 +36,15 @@ def measure(
     probes: list[int],
     threads: int,
     max_new_tokens: int | None,
+    level: suite.Level | None,
     progress: isolate.Progress,
 ) -> dict[str, Any]:
     """Decode every prepared utterance freely and score the probes under teacher forcing.
 
-    ``reference`` is the folder of PyTorch's own measurement, whose tokens force the probes; None when this is that one. The
-    utterances' mels lie in ``work``. Writes ``decoded.jsonl`` and ``weights-<i>.npz`` below ``folder``; returns costs: load
-    seconds, peak RSS in MB, size in MB, and the kind of decoder.
+    ``reference`` is the folder of PyTorch's own measurement, whose tokens force the probes; None when this is that one: then
+    the top-2 margin of every step is kept too. The utterances' mels lie in ``work``. Writes ``decoded.jsonl`` and
+    ``weights-<i>.npz`` below ``folder``; returns costs: load seconds, peak RSS in MB, size in MB, the kind of decoder, and
+    whether its time is that of the runtime; and, where ``level`` is given, what came out of the failure classes.
     """
     mels = np.load(Path(work) / data.MELS, mmap_mode="r")
     options = DecodeOptions(max_new_tokens=max_new_tokens)
@@ -57,14 +57,36 @@ def measure(
     tokenizer = load_tokenizer(source)
     with (Path(folder) / DECODED).open("w", encoding="utf-8") as stream:
         for i, mel in enumerate(mels):
-            decoded = runner.generate(np.array(mel[None]), options)[0]
-            print(json.dumps(asdict(decoded) | {"text": text_of(tokenizer, decoded.tokens)}), file=stream)
+            if reference is None:
+                decoded, margins = with_margins(runner, np.array(mel[None]), options)
+                extra = {"margins": margins}
+            else:
+                decoded, extra = runner.generate(np.array(mel[None]), options)[0], {}
+            print(json.dumps(asdict(decoded) | {"text": text_of(tokenizer, decoded.tokens)} | extra), file=stream)
             progress(f"{i + 1}/{len(mels)}")
     forced = read_decoded(Path(reference or folder))
+    progress("probes")
     for i in probes:
         _score(runner, np.array(mels[i : i + 1]), forced[i]["tokens"], weights_file(Path(folder), i))
+    costs = _costs(runner, load_s, size_mb)
+    if level:
+        progress("failure classes")
+        # One thread where there were several, two where there was one.
+        reopened = partial(open_runner, target, source, 2 if threads == 1 else 1)
+        costs["suite"] = suite.run(runner, Path(work), level, reopened, margins=reference is None)
     runner.close()
-    return {"decoder": runner.decoder, "load_s": load_s, "peak_rss_mb": isolate.peak_rss_mb(), "size_mb": size_mb}
+    return costs
+
+
+def _costs(runner: Runner, load_s: float, size_mb: float) -> dict[str, Any]:
+    return {
+        "decoder": runner.decoder,
+        "timed": runner.timed,
+        "timing_needs": runner.timing_needs,
+        "load_s": load_s,
+        "peak_rss_mb": isolate.peak_rss_mb(),
+        "size_mb": size_mb,
+    }
 
 
 def read_decoded(folder: Path) -> list[dict[str, Any]]:
@@ -72,27 +94,60 @@ def read_decoded(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / DECODED).read_text(encoding="utf-8").splitlines()]
 
 
-def margins(path: str, work: str, reference: str, positions: dict[str, int], threads: int) -> dict[str, Any]:
-    """PyTorch's top-2 logit margin at one position each of some utterances (given by index): how decided it was there."""
-    mels = np.load(Path(work) / data.MELS, mmap_mode="r")
-    runner = open_runner(REFERENCE, Path(path), threads)
-    forced = read_decoded(Path(reference))
+def policy(tokens: TokenIds, options: DecodeOptions) -> dict[str, Any]:
+    """The decode policy that every free-running figure was measured under, as JSON-able data."""
     return {
-        index: _margin(runner, np.array(mels[int(index)][None]), forced[int(index)]["tokens"][:position])
-        for index, position in positions.items()
+        "search": "greedy",
+        "temperature_fallback": False,
+        "language": options.language,
+        "task": options.task,
+        "timestamps": False,
+        "prompt": tokens.prompt(options.language, options.task),
+        "suppress_tokens": tokens.suppress,
+        "begin_suppress_tokens": tokens.begin_suppress,
+        "max_new_tokens": options.max_new_tokens or tokens.max_new_tokens,
+        "window_s": WINDOW_SECONDS,
+        "batch": 1,
     }
 
 
-def _margin(runner: Runner, mel: np.ndarray[Any, np.dtype[np.float32]], tokens: list[int]) -> float:
-    logits = runner.score(mel, [*runner.tokens.prompt(), *tokens])
-    if logits is None:
-        raise TypeError("the reference runner scores")
-    last = logits[-1].copy()
-    last[runner.tokens.suppress] = -np.inf
-    if not tokens:
-        last[runner.tokens.begin_suppress] = -np.inf
-    second, first = np.partition(last, -2)[-2:]
-    return float(first - second)
+class _Watched:
+    """A runner whose next-token logits are kept as they come, so that looking at them later takes none of its time."""
+
+    def __init__(self, runner: StepRunner) -> None:
+        self.runner = runner
+        self.tokens = runner.tokens
+        self.seen: list[Logits] = []
+
+    def encode(self, mel: Mel) -> Any:
+        """As the runner's."""
+        return self.runner.encode(mel)
+
+    def step(self, tokens: np.ndarray[Any, np.dtype[np.int64]], state: Any) -> Logits:
+        """As the runner's."""
+        logits = self.runner.step(tokens, state)
+        self.seen.append(logits[:, -1])
+        return logits
+
+    def reorder(self, state: Any, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
+        """As the runner's."""
+        return self.runner.reorder(state, rows)
+
+
+def with_margins(runner: Runner, mel: Mel, options: DecodeOptions) -> tuple[Decoded, list[float]]:
+    """Decode one window with PyTorch, whose steps return memory of their own, and tell the top-2 logit margin of every step.
+
+    The margins are those between tokens that the policy allows; the end token's step is one of them.
+    """
+    if not isinstance(runner, StepRunner):
+        raise TypeError("the reference runner steps")
+    watched = _Watched(runner)
+    decoded = decode.greedy(watched, mel, options)[0]
+    filters = decode.filters_for(runner.tokens)
+    for produced, logits in enumerate(watched.seen):
+        for logit_filter in filters:
+            logit_filter.apply(logits, produced)
+    return decoded, [float(top2_margin(logits[0])) for logits in watched.seen]
 
 
 def _score(runner: Runner, mel: np.ndarray[Any, np.dtype[np.float32]], tokens: list[int], file: Path) -> None:

@@ -1,34 +1,65 @@
-"""The report: a table for people, JSON for machines."""
+"""The report: tables for people at a terminal, one JSON document that everything else is made from."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
+from asr_core import registry
 from asr_core.checkpoint import Checkpoint
+from asr_core.decode import DecodeOptions
+from asr_core.errors import GateError
+from asr_core.tokens import TokenIds
+from parity import columns, compare, measure
 from parity.compare import Row
 from parity.data import Utterance
 
 SCHEMA = 1
 NOT_MEASURED = "–"
-STATUS_STYLE = {"pass": "green", "fail": "bold red", "unavailable": "yellow", "crashed": "bold red", "timeout": "bold red"}
+STATUS_STYLE = {"pass": "green", "unavailable": "yellow", "undecided": "yellow"}
 
 
-def document(checkpoint: Checkpoint, utterances: list[Utterance], rows: list[Row], threads: int) -> dict[str, Any]:
-    """The whole report as JSON-able data."""
-    return {
+def document(
+    checkpoint: Checkpoint,
+    utterances: list[Utterance],
+    rows: list[Row],
+    threads: int,
+    *,
+    details: Mapping[str, Any] | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The whole report as JSON-able data, as ``report.schema.json`` describes it; the page and Markdown are made from it alone.
+
+    ``details`` are the utterances behind the rows (:func:`parity.details.read`). ``context`` is what a session says beside its
+    rows, such as PyTorch's own noise (``calibration``); it goes before what is said here.
+    """
+    content = {
         "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint": {"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
         "host": host() | {"threads": threads},
+        "versions": versions({row.target for row in rows}),
+        "policy": policy(checkpoint),
         "data": {"utterances": len(utterances), "audio_s": round(sum(u.duration for u in utterances), 3)},
+        "thresholds": _thresholds(rows),
+        "calibration": None,
         "rows": [asdict(row) for row in rows],
+        **(details or {}),
+        **(context or {}),
     }
+    plain: dict[str, Any] = _jsonable(content)
+    return plain
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -49,57 +80,79 @@ def host() -> dict[str, Any]:
     }
 
 
-def table(rows: list[Row]) -> Table:
-    """The rows as a table; a dash means "not measured"."""
-    out = Table(title="Parity with PyTorch", title_justify="left", pad_edge=False)
+def versions(targets: set[str]) -> dict[str, str]:
+    """The version of this project and of every installed package that the targets' extras name."""
+    packages = {package for target in targets for package in registry.requirements(target)}
+    found = {registry.DISTRIBUTION: metadata.version(registry.DISTRIBUTION)}
+    for package in sorted(packages):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue  # its row says that it is unavailable
+    return found
+
+
+def policy(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How every backend decodes on the policy axis."""
+    options = DecodeOptions()
+    ids = TokenIds.read(checkpoint.path, checkpoint.generation, checkpoint.dims.n_text_ctx)
+    return {
+        "search": "greedy",
+        "batch": 1,
+        "timestamps": False,
+        "language": options.language,
+        "task": options.task,
+        "prompt_tokens": ids.prompt(options.language, options.task),
+        "max_new_tokens": options.max_new_tokens or ids.max_new_tokens,
+        "suppressed_tokens": len(ids.suppress),
+        "suppressed_at_begin": len(ids.begin_suppress),
+    }
+
+
+def table(rows: list[Row]) -> Group:
+    """The rows as one table an axis and one of costs; a dash means "not measured"."""
+    plain = [asdict(row) for row in rows]
+    return Group(*(_group_table(group, plain) for group in columns.GROUPS))
+
+
+def _group_table(group: columns.Group, rows: list[dict[str, Any]]) -> Table:
+    out = Table(title=f"{group.title}: {_TITLES[group.key]}", title_justify="left", pad_edge=False)
     out.add_column("artifact", no_wrap=True)
     out.add_column("verdict", no_wrap=True)
-    for column in COLUMNS:
-        out.add_column(column, justify="right")
+    shown = group.present(rows)
+    for column in shown:
+        out.add_column(f"{column.title}\n{column.unit}", justify="right")
     for row in rows:
-        cells = [NOT_MEASURED if value is None else value for value in _cells(row)]
-        style = STATUS_STYLE[row.status]
-        out.add_row(f"{row.target}-{row.precision}", f"[{style}]{row.status}[/]", *cells)
+        style = STATUS_STYLE.get(row["status"], "bold red")
+        cells = [column.cell(row).text or NOT_MEASURED for column in shown]
+        out.add_row(columns.name(row), f"[{style}]{row['status']}[/]", *cells)
     return out
 
 
-COLUMNS = (
-    "encoder\nerror", "logits\nerror", "top-1\n%", "tokens\nequal %", "WER\n%", "ΔWER\npoints", "CER\n%", "RTFx",
-    "p50\nms", "p95\nms", "first\ntoken ms", "tokens\n/s", "load\ns", "peak\nMB", "size\nMB", "speed-up",
-)  # fmt: skip
+_TITLES = {"weights": "PyTorch's tokens forced", "policy": "free running", "cost": "batch 1"}
 
 
-def _cells(row: Row) -> list[str | None]:
-    return [
-        _show(row.encoder_max_abs, ".0e"),
-        _show(row.logits_max_abs, ".0e"),
-        _show(row.top1_agreement, ".1f", 100),
-        _tokens(row),
-        _show(row.wer, ".2f", 100),
-        _show(row.delta_wer, "+.2f", 100),
-        _show(row.cer, ".2f", 100),
-        _show(row.rtfx, ".1f"),
-        _show(row.latency_p50_s, ".0f", 1000),
-        _show(row.latency_p95_s, ".0f", 1000),
-        _show(row.ttft_s, ".0f", 1000),
-        _show(row.tokens_per_s, ".0f"),
-        _show(row.load_s, ".2f"),
-        _show(row.peak_rss_mb, ".0f"),
-        _show(row.size_mb, ".1f"),
-        _show(row.speedup, ".2f×"),
-    ]
+def _thresholds(rows: list[Row]) -> dict[str, compare.Bounds]:
+    found = {}
+    for row in rows:
+        if row.target == measure.REFERENCE:
+            continue
+        try:
+            found[row.precision] = compare.thresholds("parity", row.precision)
+        except GateError:
+            continue  # a damaged artifact's precision may be unreadable; its row fails whatever the bounds
+    return found
 
 
-def _tokens(row: Row) -> str | None:
-    shown = _show(row.token_match, ".1f", 100)
-    return f"{shown} (+{row.near_ties} near-ties)" if row.near_ties else shown
-
-
-def _show(value: float | None, form: str, scale: float = 1.0) -> str | None:
-    if value is None:
-        return None
-    suffix = "×" if form.endswith("×") else ""
-    return f"{value * scale:{form.removesuffix('×')}}{suffix}"
+def _jsonable(value: Any) -> Any:
+    """The same data with NaN and the infinities, which JSON doesn't have, as strings that ``float`` reads."""
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value
 
 
 def _processor() -> str:

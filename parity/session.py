@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,14 @@ from asr_core import artifact, isolate, registry
 from asr_core.artifact import MANIFEST, Artifact
 from asr_core.build import FAILED, FAILED_REASON, PARTIAL, REPLACED
 from asr_core.checkpoint import Checkpoint
+from asr_core.decode import DecodeOptions
 from asr_core.errors import ArtifactError, GateError, UnavailableError
 from asr_core.isolate import Outcome
-from parity import compare, data, measure
+from asr_core.tokens import TokenIds
+from parity import calibration, compare, data, measure, statistics, suite, weights, witness
+from parity.calibration import Calibration
 from parity.compare import Normalise, Row
+from parity.resume import Kept
 
 # Probes for the weights axis: enough to meet short, long and noisy clips, few enough to keep their logits on disk.
 PROBES = 12
@@ -29,8 +33,12 @@ Progress = Callable[[str, str], None]
 class Session:
     """A checkpoint, its utterances and PyTorch's own answers; ``work`` holds the files.
 
-    ``gates`` names the set of bounds that judges (:func:`parity.compare.thresholds`); ``progress`` is told
-    the row's name and its stage.
+    ``gates`` names the set of bounds that judges (:func:`parity.compare.thresholds`); with ``parity``, the reference's own
+    noise is measured too and bounds are derived from it. ``context`` holds what the report says beside the rows: the decode
+    policy of every free-running figure, how the derived bounds came about, and what the intervals are. ``backends_s`` adds up
+    the seconds that backends took to load and infer, without the start of their processes. ``progress`` is told
+    the row's name and its stage. ``level`` is the extent of the failure-class suite, which belongs to ``parity`` alone; with
+    ``full`` the ecosystems' own clients testify too.
     """
 
     checkpoint: Checkpoint
@@ -39,9 +47,16 @@ class Session:
     threads: int
     max_new_tokens: int | None = None
     gates: str = "parity"
+    level: suite.Level = "quick"
     progress: Progress = lambda name, stage: None
     reference_costs: dict[str, Any] = field(default_factory=dict)
     reference_seconds: float = 0.0
+    calibration: Calibration | None = None
+    context: dict[str, Any] = field(default_factory=dict)
+    backends_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.kept = Kept(self.work)
 
     @property
     def reference(self) -> Path:
@@ -52,12 +67,26 @@ class Session:
         """Compute the features and measure PyTorch; returns its row. Raises :class:`GateError` where PyTorch itself fails."""
         self.progress(measure.REFERENCE, "features")
         self.utterances = data.prepare(self.utterances, self.checkpoint.dims.n_mels, self.work)
+        if self.gates == "parity":
+            suite.prepare(self.utterances, self.checkpoint.dims.n_mels, self.work)
         outcome = self._measure(measure.REFERENCE, self.checkpoint.path, self.reference)
         if outcome.error is not None:
             raise outcome.error
         if outcome.status != "ok":
             raise GateError(f"PyTorch could not be measured ({outcome.status}): {outcome.reason}")
         self.reference_costs, self.reference_seconds = outcome.result, outcome.seconds
+        if self.gates == "parity":
+            self.calibration = calibration.calibrate(
+                self.checkpoint.path,
+                self.work,
+                self.reference,
+                self._probes(),
+                threads=self.threads,
+                timeout=self._timeout(),
+                progress=lambda stage: self.progress(measure.REFERENCE, stage),
+            )
+            self.backends_s += self.calibration.own_s
+        self.context = self._context()
         return self._row(measure.REFERENCE, "fp32", self.reference, self.reference_costs)
 
     def judge(self, path: Path) -> Row:
@@ -77,7 +106,47 @@ class Session:
         if outcome.status != "ok":
             status = {"error": "unavailable" if isinstance(outcome.error, UnavailableError) else "crashed"}
             return Row(target, precision, status.get(outcome.status, outcome.status), outcome.reason)
-        return self._row(target, precision, folder, outcome.result)
+        row = self._row(target, precision, folder, outcome.result)
+        return self._through_suite(row, outcome.result["suite"]) if self.gates == "parity" else row
+
+    def testimony(self, row: Row, path: Path) -> Row | None:
+        """The row of the target's production client over a measured artifact; None where it has none, or nobody asked."""
+        if self.level != "full" or row.token_match is None or not witness.has_client(row.target):
+            return None
+        self.progress(f"{row.target}-{row.precision}", "client")
+        folder = self.work / f"{row.target}-{row.precision}"
+        return witness.testify(row.target, row.precision, path, folder, self.utterances, self._probes(), self.threads)
+
+    def _through_suite(self, row: Row, results: suite.Results) -> Row:
+        """The row with what the failure classes found; whatever they find fails it."""
+        bounds = self.bounds(row.precision)
+        exact = "breaks" in bounds  # only the float precisions owe PyTorch its very tokens
+        wrong = suite.judge(self.reference_costs["suite"], results, bounds["near_tie"]["max"] if exact else None)
+        if not wrong:
+            return replace(row, suite={})
+        named = "; ".join(f"{case}: {what}" for case, what in wrong.items())
+        return replace(row, suite=wrong, status="fail", reason="; ".join(filter(None, [row.reason, named])))
+
+    def bounds(self, precision: str) -> compare.Bounds:
+        """The gates of a precision: the typed ones, and those derived from the reference's noise where that was measured."""
+        derived = self.calibration.bounds(precision) if self.calibration else {}
+        return {**compare.thresholds(self.gates, precision), **derived}
+
+    def _context(self) -> dict[str, Any]:
+        tokens = TokenIds.read(self.checkpoint.path, self.checkpoint.generation, self.checkpoint.dims.n_text_ctx)
+        steps = (margin for row in measure.read_decoded(self.reference) for margin in row["margins"])
+        return {
+            "policy": measure.policy(tokens, DecodeOptions(max_new_tokens=self.max_new_tokens)),
+            "calibration": self.calibration.document(steps) if self.calibration else None,
+            "statistics": statistics.describe(),
+        }
+
+    def _timeout(self) -> float | None:
+        """Seconds after which anything but the reference is stuck; none for the reference itself."""
+        return max(LEAST_TIMEOUT_S, PATIENCE * self.reference_seconds) if self.reference_seconds else None
+
+    def _probes(self) -> list[int]:
+        return _spread(len(self.utterances), PROBES)
 
     def _check(self, opened: Artifact) -> None:
         if opened.manifest.fingerprint != self.checkpoint.fingerprint:
@@ -85,9 +154,10 @@ class Session:
         registry.require(opened.manifest.target)
 
     def _measure(self, target: str, path: Path, folder: Path) -> Outcome:
-        folder.mkdir(exist_ok=True)
-        timeout = max(LEAST_TIMEOUT_S, PATIENCE * self.reference_seconds) if self.reference_seconds else None
-        return isolate.run(
+        return self.kept.measured(folder, path, lambda: self._measure_anew(target, path, folder))
+
+    def _measure_anew(self, target: str, path: Path, folder: Path) -> Outcome:
+        outcome = isolate.run(
             "parity.measure:measure",
             {
                 "target": target,
@@ -95,16 +165,21 @@ class Session:
                 "work": str(self.work),
                 "folder": str(folder),
                 "reference": None if target == measure.REFERENCE else str(self.reference),
-                "probes": _spread(len(self.utterances), PROBES),
+                "probes": self._probes(),
                 "threads": self.threads,
                 "max_new_tokens": self.max_new_tokens,
+                "level": self.level if self.gates == "parity" else None,
             },
             progress=lambda stage: self.progress(folder.name, stage),
             threads=self.threads,
-            timeout=timeout,
+            timeout=self._timeout(),
         )
+        self.backends_s += outcome.own_s
+        return outcome
 
     def _row(self, target: str, precision: str, folder: Path, measured: dict[str, Any]) -> Row:
+        probes = weights.compare_probes(self.reference, folder)
+        weights.save_positions(probes, folder)
         return compare.compare(
             target=target,
             precision=precision,
@@ -113,24 +188,9 @@ class Session:
             measured=measured,
             utterances=self.utterances,
             normalise=normaliser(self.checkpoint),
-            margins=self._margins(folder),
-            bounds=compare.thresholds(self.gates, precision),
+            probes=probes,
+            bounds=self.bounds(precision),
         )
-
-    def _margins(self, folder: Path) -> dict[str, float]:
-        """PyTorch's top-2 margins at the first differences, by utterance index; measured only where there are any."""
-        positions = compare.divergences(self.reference, folder)
-        if not positions:
-            return {}
-        arguments = {
-            "path": str(self.checkpoint.path),
-            "work": str(self.work),
-            "reference": str(self.reference),
-            "positions": {str(index): position for index, position in positions.items()},
-            "threads": self.threads,
-        }
-        outcome = isolate.run("parity.measure:margins", arguments, threads=self.threads)
-        return isolate.result_or_raise(outcome, "PyTorch's margins")
 
 
 def discover(root: Path, checkpoint: str) -> list[Path]:

@@ -21,10 +21,13 @@ from asr_core.tokens import TokenIds
 class Runner(Protocol):
     """One opened model on one runtime.
 
-    ``decoder`` is ``step`` where our decode loop drives it and ``native`` where the runtime decodes by itself.
+    ``decoder`` is ``step`` where our decode loop drives it and ``native`` where the runtime decodes by itself. ``timed`` tells
+    whether its time is the runtime's; where it is not, ``timing_needs`` says what that would take.
     """
 
     decoder: str
+    timed: bool
+    timing_needs: str
     dims: Dims
     tokens: TokenIds
 
@@ -45,6 +48,8 @@ class StepRunner(ABC):
     """A runner over a runtime that exposes single decode steps; subclasses implement :class:`asr_core.decode.Stepper`."""
 
     decoder = "step"
+    timed = True
+    timing_needs = ""
     dims: Dims
     tokens: TokenIds
 

@@ -20,6 +20,8 @@ class CTranslate2Runner:
     """A converted model on the CPU, with CTranslate2's own greedy search."""
 
     decoder = "native"
+    timed = True
+    timing_needs = ""
 
     def __init__(self, path: Path, threads: int) -> None:
         manifest = read_manifest(path)

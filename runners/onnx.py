@@ -14,6 +14,7 @@ from asr_core.artifact import Artifact
 from asr_core.decode import Logits, Mel
 from runners.base import StepRunner
 
+PROVIDERS = ["CPUExecutionProvider"]
 ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
@@ -35,8 +36,8 @@ class OnnxRunner(StepRunner):
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
-        self._encoder = _session(artifact.path / "encoder.onnx", threads)
-        self._decoder = _session(artifact.path / "decoder.onnx", threads)
+        self._encoder = self._open(artifact.path / "encoder.onnx", threads)
+        self._decoder = self._open(artifact.path / "decoder.onnx", threads)
         specs = [spec for spec in artifact.manifest.tensors if spec.graph == "decoder"]
         inputs = [spec for spec in specs if spec.role == "input"]
         self._cross = [spec.name for spec in inputs if spec.name.startswith("cross_")]
@@ -74,15 +75,19 @@ class OnnxRunner(StepRunner):
         states: NDArray[np.float32] = self._encoder.run(["encoder_states"], {"mel": np.ascontiguousarray(mel)})[0]
         return states
 
+    def _open(self, model: Path, threads: int) -> Any:
+        return ort.InferenceSession(str(model), session_options(threads), providers=PROVIDERS)
 
-def _session(model: Path, threads: int) -> ort.InferenceSession:
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """How every session of this runner computes."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = ERRORS_ONLY
-    return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    return options
 
 
 def open(path: Path, threads: int) -> OnnxRunner:

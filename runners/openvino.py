@@ -38,8 +38,8 @@ class OpenVINORunner(StepRunner):
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
-        self._encoder = _request(artifact.path / ENCODER, threads)
-        self._decoder = _request(artifact.path / DECODER, threads)
+        self._encoder = self._open(artifact.path / ENCODER, threads)
+        self._decoder = self._open(artifact.path / DECODER, threads)
         self._newest: State | None = None
 
     def encode(self, mel: Mel) -> State:
@@ -81,6 +81,9 @@ class OpenVINORunner(StepRunner):
         states: NDArray[np.float32] = self._encoder.get_output_tensor().data
         return states.copy()
 
+    def _open(self, file: Path, threads: int) -> Any:
+        return request(file, threads)
+
     def _continue_with(self, state: State) -> State:
         self._decoder.set_tensor("encoder_hidden_states", ov.Tensor(state.windows, shared_memory=True))
         self._decoder.set_tensor("beam_idx", ov.Tensor(state.past, shared_memory=True))
@@ -92,7 +95,8 @@ class OpenVINORunner(StepRunner):
             raise RuntimeError("this state was replaced by a later one: the decoder holds one at a time.")
 
 
-def _request(file: Path, threads: int) -> Any:
+def request(model: Path | ov.Model, threads: int) -> Any:
+    """A request of a model, compiled as this runner does."""
     config = {
         # The plugin's own choices are bfloat16 where the processor has it and an 8-bit cache: both can change the text.
         "INFERENCE_PRECISION_HINT": "f32",
@@ -102,7 +106,7 @@ def _request(file: Path, threads: int) -> Any:
         "ENABLE_HYPER_THREADING": False,
         "ENABLE_CPU_PINNING": False,
     }
-    return ov.Core().compile_model(file, "CPU", config).create_infer_request()
+    return ov.Core().compile_model(model, "CPU", config).create_infer_request()
 
 
 def open(path: Path, threads: int) -> OpenVINORunner:

@@ -9,13 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import EncoderDecoderCache, WhisperForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutput
 
+from asr_core import registry
 from asr_core.checkpoint import Checkpoint
 from asr_core.decode import Logits, Mel
 from asr_core.tokens import TokenIds
 from runners.base import StepRunner
+
+# A neighbour that one of the converters installs: importing it takes seconds and says so in dozens of lines.
+registry.import_alone("transformers.models.whisper.modeling_whisper", without=["torchao"])
+from transformers import EncoderDecoderCache, WhisperForConditionalGeneration  # noqa: E402
+from transformers.modeling_outputs import BaseModelOutput  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 
 @dataclass
@@ -29,18 +34,23 @@ class State:
 class PyTorchRunner(StepRunner):
     """transformers' model behind the step interface."""
 
-    def __init__(self, checkpoint: Checkpoint, threads: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, threads: int, *, weights: str = "float32", compute: str = "float32", attention: str = "sdpa"
+    ) -> None:
         torch.set_num_threads(threads)
+        disable_progress_bar()
         self.dims = checkpoint.dims
         self.tokens = TokenIds.read(checkpoint.path, checkpoint.generation, checkpoint.dims.n_text_ctx)
         self.model = WhisperForConditionalGeneration.from_pretrained(
-            checkpoint.path, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+            checkpoint.path, dtype=torch.float32, attn_implementation=attention, local_files_only=True
         ).eval()
+        self.model.to(getattr(torch, weights)).to(getattr(torch, compute))
 
     @torch.inference_mode()
     def encode(self, mel: Mel) -> State:
         """Run the encoder; the cache starts empty."""
-        encoded = self.model.model.encoder(torch.from_numpy(np.ascontiguousarray(mel))).last_hidden_state
+        features = torch.from_numpy(np.ascontiguousarray(mel)).to(self.model.dtype)
+        encoded = self.model.model.encoder(features).last_hidden_state
         return State(encoded, None)
 
     @torch.inference_mode()
@@ -53,7 +63,7 @@ class PyTorchRunner(StepRunner):
             use_cache=True,
         )
         state.cache = out.past_key_values
-        logits: Logits = out.logits.numpy()
+        logits: Logits = out.logits.float().numpy()
         return logits
 
     def reorder(self, state: State, rows: NDArray[np.int64]) -> State:
@@ -66,10 +76,16 @@ class PyTorchRunner(StepRunner):
 
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
-        states: NDArray[np.float32] = self.encode(mel).encoded.numpy()
+        states: NDArray[np.float32] = self.encode(mel).encoded.float().numpy()
         return states
 
 
-def open(path: Path, threads: int) -> PyTorchRunner:
-    """Open a checkpoint folder."""
-    return PyTorchRunner(Checkpoint.open(path), threads)
+def open(
+    path: Path, threads: int, *, weights: str = "float32", compute: str = "float32", attention: str = "sdpa"
+) -> PyTorchRunner:
+    """Open a checkpoint folder.
+
+    The reference is the default. ``weights`` and ``compute`` name torch's types that the weights are rounded to and that the
+    model then computes in, ``attention`` is one of transformers' implementations: what the reference's own noise is made of.
+    """
+    return PyTorchRunner(Checkpoint.open(path), threads, weights=weights, compute=compute, attention=attention)

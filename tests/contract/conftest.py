@@ -12,7 +12,7 @@ from tests.support import run_command
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("artifacts")
-    done = run_command("asr-export", "--target", "all", "--out", root)
+    done = run_command("asr-export", "--target", "all", "--jobs", 2, "--out", root)
     assert done.returncode == 0, done.stdout + done.stderr
     return root
 

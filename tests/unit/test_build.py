@@ -75,6 +75,15 @@ def test_a_folder_without_permission(checkpoint, tmp_path):
         build.stage(checkpoint, "ctranslate2", "fp32", tmp_path / "ctranslate2-fp32")
 
 
+def test_converters_get_absolute_paths(checkpoint, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build.isolate, "run", lambda function, arguments, **rest: asked.update(arguments))
+    monkeypatch.setattr(build.isolate, "result_or_raise", lambda outcome, what: None)
+    build.stage(checkpoint, "ctranslate2", "fp32", Path("out") / "artifact")
+    assert Path(asked["folder"]).parent == tmp_path / "out"
+
+
 def test_a_failed_export_leaves_nothing(talkative, final, tmp_path):
     """The checkpoint is damaged after it was opened; the older artifact stays good."""
     damaged = shutil.copytree(talkative, tmp_path / "damaged")
