@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import soxr
 import torch
 from tokenizers import Tokenizer
 from torch.utils.data import IterableDataset
@@ -45,17 +45,16 @@ IGNORED = -100  # a label without loss
 # Shares of all windows, or of those that the comment names.
 SPEECHLESS = 0.05
 DIGITAL_SILENCE = 0.3  # of the speechless ones
-TELEPHONE = 0.1
-NOISY = 0.5
-SPANISH = 0.55
-TRANSLATED = 0.35  # of the Spanish ones; Whisper translates into English only
+NOISY = 0.4
+SPANISH = 0.5
+TRANSLATED = 0.25  # of the Spanish ones; Whisper translates into English only
 ENGLISH_TRANSLATED = 0.04  # of the English ones: into the same words
 TIMESTAMPED = 0.5
-PREVIOUS_TEXT = 0.15  # of the windows of stages that have it
+PREVIOUS_TEXT = 0.12  # of the windows of stages that have it
 CUT = 0.5  # of the full windows with timestamps: the last sentence goes on behind the window's end
 LATE = 0.2  # speech may begin late, up to the middle of the window
 LONG_PAUSES = 0.12  # of the windows with several sentences: up to 4 s
-SHIFTED = 0.3  # of the windows that are shorter than 30 s: they lie anywhere in those
+SHIFTED = 0.4  # of the windows that are shorter than 30 s: they lie anywhere in those
 
 Audio = npt.NDArray[np.float32]
 Span = tuple[float, float]
@@ -113,20 +112,21 @@ class Stage:
     until: float  # share of the training at which it ends
     longest: float  # seconds of speech in a window
     budget: float  # seconds of audio in a batch, padding included
-    short: float  # share of sentences of one or two words
-    packed: bool  # several sentences in a window, up to a drawn length
+    single: float  # share of single words
+    shuffled: float  # share of words in any order
+    packed: bool = False  # several sentences in a window, up to a drawn length
     previous: bool = False  # some windows continue a text
     full: bool = False  # windows of 30 s instead of windows as long as the speech
 
 
 STAGES = (
-    Stage(until=0.05, longest=2.5, budget=48, short=1.0, packed=False),
-    Stage(until=0.15, longest=5.0, budget=56, short=0.4, packed=False),
-    Stage(until=0.30, longest=8.0, budget=64, short=0.3, packed=True),
-    Stage(until=0.45, longest=13.0, budget=80, short=0.25, packed=True, previous=True),
-    Stage(until=0.62, longest=20.0, budget=100, short=0.2, packed=True, previous=True),
-    Stage(until=0.75, longest=29.0, budget=120, short=0.2, packed=True, previous=True),
-    Stage(until=1.00, longest=30.0, budget=180, short=0.2, packed=True, previous=True, full=True),
+    Stage(until=0.06, longest=2.0, budget=30, single=0.8, shuffled=0.2),
+    Stage(until=0.18, longest=5.0, budget=40, single=0.2, shuffled=0.4),
+    Stage(until=0.32, longest=8.0, budget=50, single=0.1, shuffled=0.3, packed=True),
+    Stage(until=0.47, longest=13.0, budget=70, single=0.08, shuffled=0.25, packed=True, previous=True),
+    Stage(until=0.62, longest=20.0, budget=90, single=0.08, shuffled=0.2, packed=True, previous=True),
+    Stage(until=0.73, longest=29.0, budget=120, single=0.08, shuffled=0.15, packed=True, previous=True),
+    Stage(until=1.00, longest=30.0, budget=180, single=0.08, shuffled=0.12, packed=True, previous=True, full=True),
 )
 
 
@@ -147,8 +147,8 @@ class Batch:
 class Pool:
     """Sentences spoken before, to be heard again in other windows: synthesis would take as long as learning."""
 
-    SIZE = 5_000
-    FRESH = 0.35
+    SIZE = 3_000
+    FRESH = 0.15
 
     def __init__(self, random: Random, *, held_out: bool = False) -> None:
         """Draw from the trained-on voices and sentences or from the held-out ones."""
@@ -175,30 +175,31 @@ class Pool:
         return Take(pair, language, synth.speak(pair[language].text, voice))
 
 
+class Progress(Protocol):
+    """What a trainer shares with the process that makes its batches."""
+
+    value: float  # share of the training
+
+
 class Batches(IterableDataset[Batch]):
     """An endless stream of batches that follows the curriculum."""
 
-    def __init__(self, tokenizer_file: Path, done: float, total: float, seed: int) -> None:
-        """Begin after `done` of `total` seconds of audio."""
+    def __init__(self, tokenizer_file: Path, progress: "Progress", seed: int) -> None:
+        """Follow a training's progress, a share that its process writes down."""
         self._tokenizer_file = tokenizer_file
-        self._done = done
-        self._total = total
+        self._progress = progress
         self._seed = seed
 
     def __iter__(self) -> Iterator[Batch]:
         random = Random(self._seed)
         writer = Writer(Tokenizer.from_file(str(self._tokenizer_file)))
         pool = Pool(random)
-        done = self._done
         while True:
-            stage = stage_at(done / self._total)
+            stage = stage_at(self._progress.value)
             drawn = [draw_utterance(random, stage, pool) for _ in range(64)]
             groups = list(_grouped(drawn, stage))
             random.shuffle(groups)
-            for group in groups:
-                batch = collate(group, writer, full=stage.full)
-                done += batch.seconds
-                yield batch
+            yield from (collate(group, writer, full=stage.full) for group in groups)
 
 
 def stage_at(progress: float) -> Stage:
@@ -222,14 +223,11 @@ def draw_utterance(random: Random, stage: Stage, pool: Pool) -> Utterance:
 
 
 def spoil(random: Random, utterance: Utterance) -> Utterance:
-    """Return the window with a random gain, sometimes a telephone's band, sometimes noise."""
+    """Return the window with a random gain, sometimes with noise."""
     audio = utterance.audio
-    if random.random() < TELEPHONE:
-        narrow = soxr.resample(audio, SAMPLE_RATE, SAMPLE_RATE // 2)
-        audio = soxr.resample(narrow, SAMPLE_RATE // 2, SAMPLE_RATE)[: len(audio)]
     if random.random() < NOISY:
-        audio = with_noise(random, audio, random.uniform(8, 40))
-    gain = 10 ** (-random.uniform(0, 24) / 20)
+        audio = with_noise(random, audio, random.uniform(10, 40))
+    gain = 10 ** (-random.uniform(0, 20) / 20)
     return replace(utterance, audio=(audio * np.float32(gain)).clip(-1, 1))
 
 
@@ -444,7 +442,7 @@ def _spoken(random: Random, stage: Stage, blank: Utterance, pool: Pool) -> Utter
     seconds = random.uniform(0.0, min(most, stage.longest / 2 if random.random() < LATE else LATEST_START))
     segments: list[Segment] = []
     while not segments or seconds < wanted:
-        take = pool.draw(blank.language, "short" if random.random() < stage.short else "sentence")
+        take = pool.draw(blank.language, _rule(random, stage))
         segment = Segment(seconds, take)
         fits = segment.end <= stage.longest
         if fits or (may_cut and segments and seconds < stage.longest - 0.1):
@@ -463,6 +461,13 @@ def _spoken(random: Random, stage: Stage, blank: Utterance, pool: Pool) -> Utter
     previous = 0 if not stage.previous or random.random() > PREVIOUS_TEXT else random.randint(1, 4)
     before = tuple(pool.draw(blank.language, "sentence") for _ in range(previous))
     return replace(blank, audio=audio, segments=tuple(segments), first=hidden, previous=before)
+
+
+def _rule(random: Random, stage: Stage) -> str:
+    share = random.random()
+    if share < stage.single:
+        return "single"
+    return "shuffled" if share < stage.single + stage.shuffled else "sentence"
 
 
 def _nothing(random: Random, seconds: float) -> Audio:

@@ -22,20 +22,20 @@ PEAK = 0.35  # of full scale: the files compress better than at 1
 
 @dataclass(frozen=True)
 class Kind:
-    """Clips of one kind, in each language: how many, what is said, and how long they are."""
+    """Clips of one kind: how many in each language, what is said, and how long they are."""
 
     name: str
-    count: int
-    noisy: int  # how many of them have noise behind the speech
+    counts: dict[str, int]
+    noisy: float  # share of them that has noise behind the speech
     rule: str
     least: float  # seconds; above one second, sentences with pauses fill the clip up to it
     most: float  # seconds
 
 
 KINDS = (
-    Kind("short", count=16, noisy=2, rule="fragment", least=1.0, most=2.6),
-    Kind("sentence", count=28, noisy=4, rule="sentence", least=1.0, most=9.0),
-    Kind("paused", count=10, noisy=2, rule="sentence", least=5.0, most=29.0),
+    Kind("short", {"en": 14, "es": 10}, noisy=0.15, rule="fragment", least=1.0, most=2.6),
+    Kind("sentence", {"en": 39, "es": 23}, noisy=0.1, rule="sentence", least=1.0, most=9.0),
+    Kind("paused", {"en": 12, "es": 9}, noisy=0.08, rule="sentence", least=4.0, most=28.5),
 )
 PREFIXES = {"en": "", "es": "es-"}
 
@@ -72,15 +72,17 @@ def clips(seed: int = SEED) -> Iterator[Clip]:
     told: set[str] = set()
     for language, prefix in PREFIXES.items():
         for kind in KINDS:
-            for index in range(kind.count):
+            count = kind.counts[language]
+            for index in range(count):
                 # Evenly spread lengths: each part of the range is a share of the clips.
-                share = (index + random.random()) / kind.count
+                share = (index + random.random()) / count
                 wanted = kind.least + share * (kind.most - kind.least) if kind.least > LEAST_SECONDS else 0.0
                 clip = _clip(random, kind, wanted, told, Clip(f"{prefix}{kind.name}-{index:02d}", language, _gap(random, 0.4)))
-                noisy = index * kind.noisy // kind.count != (index + 1) * kind.noisy // kind.count
+                noisy = int(index * kind.noisy) != int((index + 1) * kind.noisy)
                 yield replace(clip, audio=with_noise(random, clip.audio, random.uniform(12, 25))) if noisy else clip
     yield Clip("silence", "en", np.zeros(3 * SAMPLE_RATE, np.float32))
     yield Clip("noise", "en", noise(random, 3 * SAMPLE_RATE) * np.float32(0.01))
+    yield Clip("es-noise", "es", noise(random, 4 * SAMPLE_RATE) * np.float32(0.003))
 
 
 @click.command()

@@ -1,17 +1,16 @@
 """The recipe: `python -m reference.train --out DIR` trains the reference on a CPU."""
 
 import math
+import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import click
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -21,21 +20,21 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 from reference import layout
 from reference.alignment import alignment_heads
-from reference.batches import IGNORED, Batch, Batches, Writer
+from reference.batches import IGNORED, STAGES, Batch, Batches, Writer, stage_at
 from reference.examination import Examination
 from reference.synth import PHONEME_CLASSES
 from reference.tokenizer import START, TIMESTAMP_TOKENS
 
-PEAK_RATE = 6e-4
+PEAK_RATE = 1e-3
 WARM_UP = 200  # steps
-DECAY_FROM = 0.35  # share of the training at which the cosine begins
-SAVE_EVERY = 180.0  # seconds of the trainer's own processor time
+DECAY_FROM = 0.5  # share of the training at which the cosine begins
+SAVE_EVERY = 90.0  # seconds
 # Naming the sounds: synthesis knows which phoneme is spoken when, so the encoder is told, frame by frame; attention alone
 # did not find the audio in the time that a CPU has. The layer that names them is thrown away afterwards.
 SOUND_WEIGHT = 0.5
 # Another such layer names the piece of a word that is being spoken, so that a state knows the word around it: a decoder of
 # two layers cannot put words together from sounds.
-PIECE_WEIGHT = 0.5
+PIECE_WEIGHT = 1.0
 PIECE_STRIDE = 2  # every second position is enough
 # Guided attention (Tachibana et al. 2018): the last layer's cross-attention is told where the next token is spoken, and one
 # head of the layer before it where the token just written was.
@@ -63,7 +62,8 @@ class Run:
     reader: nn.Linear  # names pieces of words
     optimizer: torch.optim.Optimizer
     step: int = 0
-    seconds: float = 0.0  # of audio
+    audio: float = 0.0  # seconds heard
+    clock: float = 0.0  # seconds trained
 
     def hear(self, batch: Batch) -> torch.Tensor:
         """Return the logits [batch, tokens, vocabulary] of a batch."""
@@ -77,7 +77,8 @@ class Run:
             "reader": self.reader.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "seconds": self.seconds,
+            "audio": self.audio,
+            "clock": self.clock,
         }
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
@@ -90,7 +91,7 @@ class Run:
         self.listener.load_state_dict(state["listener"])
         self.reader.load_state_dict(state["reader"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.audio, self.clock = state["step"], state["audio"], state["clock"]
 
 
 def new_run(tokenizer: Tokenizer, seed: int) -> Run:
@@ -190,6 +191,11 @@ class Losses:
     pieces: torch.Tensor
     guide: torch.Tensor
     near: torch.Tensor
+    right: torch.Tensor  # share of the positions whose piece is named rightly
+
+    def values(self) -> list[float]:
+        """Return every figure."""
+        return [float(getattr(self, field.name).detach()) for field in fields(self)]
 
     @property
     def total(self) -> torch.Tensor:
@@ -216,6 +222,7 @@ def losses(run: Run, writer: Writer, batch: Batch, *, half: bool) -> Losses:
         nn.functional.cross_entropy(read.float(), pieces[pieces != IGNORED], reduction="sum") / spoken.clamp(min=1),
         torch.stack([*guided, misplacement(attention[layer][:, head], written)]).mean(),
         torch.stack([farsightedness(weights) for weights in looks]).mean(),
+        (read.argmax(-1) == pieces[pieces != IGNORED]).sum() / spoken.clamp(min=1),
     )
 
 
@@ -279,7 +286,7 @@ def learn(run: Run, writer: Writer, batch: Batch, progress: float, *, half: bool
     nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     run.optimizer.step()
     run.step += 1
-    run.seconds += batch.seconds
+    run.audio += batch.seconds
     return measured
 
 
@@ -292,11 +299,11 @@ def learning_rate(step: int, progress: float) -> float:
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
-@click.option("--hours", type=float, default=400.0, show_default=True, help="Of audio to learn from: the schedule's length.")
+@click.option("--minutes", type=float, default=88.0, show_default=True, help="Of training: the schedule's length.")
 @click.option("--threads", type=int, default=1, show_default=True, help="Of the trainer.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--half/--no-half", default=True, help="Multiply in bfloat16; weights stay float32.")
-def main(*, out: Path, hours: float, threads: int, seed: int, half: bool) -> None:
+def main(*, out: Path, minutes: float, threads: int, seed: int, half: bool) -> None:
     """Train the reference; run again with the same folder, it continues."""
     torch.set_num_threads(threads)
     torch.multiprocessing.set_sharing_strategy("file_system")  # the other one loses connections on a busy machine
@@ -307,7 +314,7 @@ def main(*, out: Path, hours: float, threads: int, seed: int, half: bool) -> Non
         run.load(state)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt, so that nothing learned is lost
     try:
-        train(run, out, hours * 3600, seed, half=half)
+        train(run, out, minutes * 60, seed, half=half)
     finally:
         run.save(state)
     heads = alignment_heads(run.model, tokenizer)
@@ -315,27 +322,28 @@ def main(*, out: Path, hours: float, threads: int, seed: int, half: bool) -> Non
 
 
 def train(run: Run, out: Path, seconds: float, seed: int, *, half: bool) -> None:
-    """Train until the run has heard so many seconds, saving it and its checkpoint folder on the way."""
+    """Train until the run has lasted so many seconds, saving it and its checkpoint folder on the way."""
     tokenizer = layout.write_tokenizer_once(out / "tokenizer")
+    progress = multiprocessing.Value("d", run.clock / seconds, lock=False)
     # Another seed after a resumption: the same sentences again would teach nothing new.
-    batches = Batches(out / "tokenizer" / "tokenizer.json", run.seconds, seconds, seed + run.step)
-    loader = iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=16))
+    batches = Batches(out / "tokenizer" / "tokenizer.json", progress, seed + run.step)
+    loader = iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=8))
     writer, examination = Writer(tokenizer), Examination(tokenizer)
-    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    means, saved = [10.0] * 5, time.process_time()
-    with Progress(*columns, console=Console(soft_wrap=True)) as bar:
-        task = bar.add_task("starting", total=seconds)
-        while run.seconds < seconds:
-            measured = learn(run, writer, next(loader), run.seconds / seconds, half=half)
-            newest = (measured.entropy, measured.sounds, measured.pieces, measured.guide, measured.near)
-            means = [mean + 0.02 * (float(value.detach()) - mean) for mean, value in zip(means, newest, strict=True)]
-            state = "step {}, loss {:.3f}, sounds {:.3f}, pieces {:.3f}, guide {:.3f}, near {:.3f}".format(run.step, *means)
-            bar.update(task, completed=run.seconds, description=state)
-            if time.process_time() - saved > SAVE_EVERY:
-                run.save(out / "run.pt")
-                layout.write_checkpoint(out / "checkpoint", run.model, out / "tokenizer", GUIDED_HEADS)
-                bar.print(f"{run.seconds / 3600:.1f} h, {state}\n{examination.marks(run.hear)}")
-                saved = time.process_time()
+    means, saved, before = [10.0] * 5 + [0.0], run.clock, time.monotonic()
+    while run.clock < seconds:
+        progress.value = run.clock / seconds
+        measured = learn(run, writer, next(loader), progress.value, half=half)
+        means = [mean + 0.02 * (value - mean) for mean, value in zip(means, measured.values(), strict=True)]
+        now = time.monotonic()
+        run.clock, before = run.clock + now - before, now
+        if run.clock - saved > SAVE_EVERY:
+            saved = run.clock
+            run.save(out / "run.pt")
+            stage = STAGES.index(stage_at(progress.value))
+            layout.write_checkpoint(out / f"checkpoint-{stage}", run.model, out / "tokenizer", GUIDED_HEADS)
+            state = "loss {:.3f}, sounds {:.3f}, pieces {:.3f}, guide {:.3f}, near {:.3f}, pieces right {:.3f}".format(*means)
+            click.echo(f"{run.clock / 60:.1f} min, {run.audio / 3600:.1f} h, stage {stage}, step {run.step}, {state}")
+            click.echo(examination.marks(run.hear))
 
 
 if __name__ == "__main__":
