@@ -121,11 +121,11 @@ class Stage:
 
 STAGES = (
     Stage(until=0.06, longest=2.0, budget=30, single=0.8, shuffled=0.2),
-    Stage(until=0.18, longest=5.0, budget=40, single=0.2, shuffled=0.4),
-    Stage(until=0.32, longest=8.0, budget=50, single=0.1, shuffled=0.3, packed=True),
-    Stage(until=0.47, longest=13.0, budget=70, single=0.08, shuffled=0.25, packed=True, previous=True),
+    Stage(until=0.27, longest=5.0, budget=40, single=0.2, shuffled=0.4),
+    Stage(until=0.37, longest=8.0, budget=50, single=0.1, shuffled=0.3, packed=True),
+    Stage(until=0.49, longest=13.0, budget=70, single=0.08, shuffled=0.25, packed=True, previous=True),
     Stage(until=0.62, longest=20.0, budget=90, single=0.08, shuffled=0.2, packed=True, previous=True),
-    Stage(until=0.73, longest=29.0, budget=120, single=0.08, shuffled=0.15, packed=True, previous=True),
+    Stage(until=0.72, longest=29.0, budget=120, single=0.08, shuffled=0.15, packed=True, previous=True),
     Stage(until=1.00, longest=30.0, budget=180, single=0.08, shuffled=0.12, packed=True, previous=True, full=True),
 )
 

@@ -47,8 +47,11 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 # Accents are shared by training and clips; a speaker (an espeak-ng variant) is in one of the two.
 ACCENTS = {"en": ("en-us", "en-us", "en", "en-gb-x-rp"), "es": ("es", "es-419")}
-TRAINED_SPEAKERS = ("m1", "m2", "m3", "m5", "m6", "m7", "f1", "f3", "f4", "f5", "Alex", "Andrea", "Annie", "Mario")
-HELD_OUT_SPEAKERS = ("m4", "f2", "Michael", "Alicia")
+TRAINED_SPEAKERS = (
+    *("m1", "m2", "m3", "m5", "m6", "m7", "f1", "f3", "f4", "f5", "Alex", "Andrea", "Annie", "Mario"),
+    *("Denis", "Henrique", "ed", "paul", "pedro", "sandro"),
+)
+HELD_OUT_SPEAKERS = ("m4", "f2", "Gene", "linda")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from reference.tokenizer import START, TIMESTAMP_TOKENS
 
 PEAK_RATE = 1e-3
 WARM_UP = 200  # steps
-DECAY_FROM = 0.5  # share of the training at which the cosine begins
+DECAY_FROM = 0.55  # share of the training at which the cosine begins
 SAVE_EVERY = 90.0  # seconds
 # Naming the sounds: synthesis knows which phoneme is spoken when, so the encoder is told, frame by frame; attention alone
 # did not find the audio in the time that a CPU has. The layer that names them is thrown away afterwards.
@@ -299,7 +299,7 @@ def learning_rate(step: int, progress: float) -> float:
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
-@click.option("--minutes", type=float, default=88.0, show_default=True, help="Of training: the schedule's length.")
+@click.option("--minutes", type=float, default=98.0, show_default=True, help="Of training: the schedule's length.")
 @click.option("--threads", type=int, default=1, show_default=True, help="Of the trainer.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--half/--no-half", default=True, help="Multiply in bfloat16; weights stay float32.")
