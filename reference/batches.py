@@ -325,7 +325,7 @@ class Writer:
         labels = [IGNORED] * (len(prompt) - 1) + sequence[len(prompt) :]
         start = prompt.index(self.id(START))
         labels[start] = sequence[start + 1] if utterance.segments else self.id(NO_SPEECH)
-        spans = [NOWHERE] * (len(prompt) - 1) + [span for _, span in text] + [NOWHERE]
+        spans = [NOWHERE] * (len(prompt) - 1) + [span for _, span in text] + [self._over(utterance)]
         return Script(sequence[:-1], labels, spans)
 
     def prompt(self, utterance: Utterance) -> list[int]:
@@ -384,6 +384,11 @@ class Writer:
                 )
             text += spoken
         return text
+
+    def _over(self, utterance: Utterance) -> Span:
+        """Return where the end of the text is heard: behind the last word."""
+        last = max((segment.end for segment in utterance.segments), default=math.nan)
+        return _around(last + SLACK_SECONDS) if last <= len(utterance.audio) / SAMPLE_RATE else NOWHERE
 
     def _segment(self, segment: Segment, target: str) -> list[tuple[int, Span]]:
         """Return a sentence's tokens and when they are spoken: a word's letters are taken to be equally long."""

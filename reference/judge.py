@@ -21,6 +21,8 @@ from reference.tokenizer import NO_SPEECH, TIME_STEP, TIMESTAMP_TOKENS
 
 LENGTHS = (0.0, 2.0, 5.0, 15.0, 30.0)  # seconds: the clips' lengths between which words are counted together
 
+FRAMES_A_SECOND = 100
+
 _BATCH = 8
 
 
@@ -105,7 +107,7 @@ class Listener:
         self, clips: Iterable[Clip], *, task: str = "transcribe", timestamps: bool = False, word_times: bool = False
     ) -> Iterator[tuple[Clip, Heard]]:
         """Yield every clip with what is heard in it, told its language."""
-        for batch in _batches(clips):
+        for batch in _batches(clips, 1 if word_times else _BATCH):  # other rows would disturb the times
             for language in sorted({clip.language for clip in batch}):
                 group = [clip for clip in batch if clip.language == language]
                 with torch.inference_mode():
@@ -116,6 +118,7 @@ class Listener:
                         return_timestamps=timestamps,
                         return_token_timestamps=word_times,
                         return_dict_in_generate=True,
+                        attention_mask=_frames(group),
                     )
                 times = written.get("token_timestamps", torch.zeros_like(written["sequences"], dtype=torch.float32))
                 for row, clip in enumerate(group):
@@ -267,10 +270,16 @@ def _starts(listener: Listener, clips: list[Clip]) -> Iterator[str]:
     yield f"no speech: {blank}; at most {max(silent for _, _, silent in spoken):.3f} in clips with speech"
 
 
-def _batches(clips: Iterable[Clip]) -> Iterator[list[Clip]]:
+def _frames(clips: list[Clip]) -> torch.Tensor:
+    """Return 1 where a window's frame belongs to its clip, [clips, 3000]: word times need to know where speech can be."""
+    ends = [[clip.entry["duration"] * FRAMES_A_SECOND] for clip in clips]
+    return (torch.arange(clips[0].mel.shape[-1])[None] < torch.tensor(ends)).long()
+
+
+def _batches(clips: Iterable[Clip], most: int) -> Iterator[list[Clip]]:
     """Yield the clips in batches of about equal lengths."""
     ordered = sorted(clips, key=lambda clip: float(clip.entry["duration"]))
-    yield from (ordered[first : first + _BATCH] for first in range(0, len(ordered), _BATCH))
+    yield from (ordered[first : first + most] for first in range(0, len(ordered), most))
 
 
 if __name__ == "__main__":

@@ -47,8 +47,9 @@ NEAR_WEIGHT = 2.0
 NEAR = 14  # positions
 NEAR_ENOUGH = 0.7  # of a head's attention
 NEAR_STRIDE = 8  # every eighth position is enough
-# One token a window tells its language, and whether anyone speaks: it counts as much as several tokens of text.
-LANGUAGE_WEIGHT = 3.0
+# One token a window tells its language, and whether anyone speaks, and one that all is said: they count as much as several
+# tokens of text.
+ONCE_WEIGHT = 3.0
 # A timestamp that is wrong by a step or two is nearly right.
 TIME_SPREAD = torch.tensor([0.1, 0.2, 0.4, 0.2, 0.1])
 
@@ -260,7 +261,8 @@ def entropy(scores: torch.Tensor, batch: Batch, writer: Writer) -> torch.Tensor:
     near = labels[:, None] + torch.arange(-reach, reach + 1) * times
     near = torch.where(times, near.clamp(first, first + len(TIMESTAMP_TOKENS) - 1), near)
     each = -(log.gather(1, near) * TIME_SPREAD).sum(-1)
-    weights = 1 + (LANGUAGE_WEIGHT - 1) * (batch.inputs[judged] == writer.id(START))
+    once = (batch.inputs[judged] == writer.id(START)) | (labels == writer.end)
+    weights = 1 + (ONCE_WEIGHT - 1) * once
     mean: torch.Tensor = (each * weights).sum() / weights.sum()
     return mean
 
@@ -299,7 +301,7 @@ def learning_rate(step: int, progress: float) -> float:
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
-@click.option("--minutes", type=float, default=98.0, show_default=True, help="Of training: the schedule's length.")
+@click.option("--minutes", type=float, default=96.0, show_default=True, help="Of training: the schedule's length.")
 @click.option("--threads", type=int, default=1, show_default=True, help="Of the trainer.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--half/--no-half", default=True, help="Multiply in bfloat16; weights stay float32.")
