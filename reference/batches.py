@@ -51,6 +51,8 @@ TRANSLATED = 0.25  # of the Spanish ones; Whisper translates into English only
 ENGLISH_TRANSLATED = 0.04  # of the English ones: into the same words
 TIMESTAMPED = 0.5
 PREVIOUS_TEXT = 0.12  # of the windows of stages that have it
+PREVIOUS_OF_FULL = 0.4  # of the windows of 30 s
+PREVIOUS_TOKENS = 223  # at most: Whisper's decoding keeps the last ones
 CUT = 0.5  # of the full windows with timestamps: the last sentence goes on behind the window's end
 LATE = 0.2  # speech may begin late, up to the middle of the window
 LONG_PAUSES = 0.12  # of the windows with several sentences: up to 4 s
@@ -114,6 +116,7 @@ class Stage:
     budget: float  # seconds of audio in a batch, padding included
     single: float  # share of single words
     shuffled: float  # share of words in any order
+    repeated: float = 0.0  # share of sentences with a word twice in a row
     packed: bool = False  # several sentences in a window, up to a drawn length
     previous: bool = False  # some windows continue a text
     full: bool = False  # windows of 30 s instead of windows as long as the speech
@@ -126,7 +129,7 @@ STAGES = (
     Stage(until=0.49, longest=13.0, budget=70, single=0.08, shuffled=0.25, packed=True, previous=True),
     Stage(until=0.62, longest=20.0, budget=90, single=0.08, shuffled=0.2, packed=True, previous=True),
     Stage(until=0.72, longest=29.0, budget=120, single=0.08, shuffled=0.15, packed=True, previous=True),
-    Stage(until=1.00, longest=30.0, budget=180, single=0.08, shuffled=0.12, packed=True, previous=True, full=True),
+    Stage(until=1.00, longest=30.0, budget=180, single=0.05, shuffled=0.12, repeated=0.12, packed=True, previous=True, full=True),
 )
 
 
@@ -352,13 +355,14 @@ class Writer:
         """Return the text before the window, with the timestamps of the window in which it was written."""
         if not utterance.previous:
             return []
-        tokens, seconds = [self.id(PREVIOUS)], 0.0
+        tokens: list[int] = []
+        seconds = 0.0
         for take in utterance.previous:
             text = [token for word in take.pair[utterance.target].words for token in self.word(word.text)]
             times = self.timestamp(seconds), self.timestamp(seconds + take.seconds)
             tokens += [times[0], *text, times[1]] if utterance.timestamps else text
-            seconds += take.seconds
-        return tokens
+            seconds = (seconds + take.seconds) % (WINDOW_SECONDS - take.seconds)  # the window before the last one begins at 0 too
+        return [self.id(PREVIOUS), *tokens[-PREVIOUS_TOKENS:]]
 
     def _text(self, utterance: Utterance) -> list[tuple[int, Span]]:
         """Return the tokens behind the prompt and where they are spoken."""
@@ -463,16 +467,17 @@ def _spoken(random: Random, stage: Stage, blank: Utterance, pool: Pool) -> Utter
         audio[first : first + len(part)] += part * np.float32(random.uniform(0.6, 1.0))
     room = POSITIONS - math.ceil(len(audio) / POSITION)
     hidden = 0 if stage.full or random.random() > SHIFTED else random.randrange(room)
-    previous = 0 if not stage.previous or random.random() > PREVIOUS_TEXT else random.randint(1, 4)
+    continued = stage.previous and random.random() < (PREVIOUS_OF_FULL if stage.full else PREVIOUS_TEXT)
+    previous = random.choice((3, 10, 30, 30)) if stage.full else 4
+    previous = random.randint(1, previous) if continued else 0
     before = tuple(pool.draw(blank.language, "sentence") for _ in range(previous))
     return replace(blank, audio=audio, segments=tuple(segments), first=hidden, previous=before)
 
 
 def _rule(random: Random, stage: Stage) -> str:
-    share = random.random()
-    if share < stage.single:
-        return "single"
-    return "shuffled" if share < stage.single + stage.shuffled else "sentence"
+    rules = ("single", "shuffled", "repeated", "sentence")
+    shares = (stage.single, stage.shuffled, stage.repeated)
+    return random.choices(rules, (*shares, 1 - sum(shares)))[0]
 
 
 def _nothing(random: Random, seconds: float) -> Audio:

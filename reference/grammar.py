@@ -62,6 +62,13 @@ _WORD_LISTS: dict[str, str] = {
     "answer": "yes=sí no=no hello=hola goodbye=adiós",
 }
 
+
+def _again(name: str, *, english: str = "", spanish: str = "") -> list[str]:
+    """Return a list's words each said twice, perhaps with another between them."""
+    pairs = (pair.split(":")[0].split("=") for pair in _WORD_LISTS[name].split())
+    return [f"{en}{english} {en} = {es}{spanish} {es}" for en, es in pairs]
+
+
 _RULES: dict[str, list[str]] = {
     "who": ["<name> = <name>", "the <person> = el@ <person>"],
     "what": ["the <thing> = el@ <thing>", "the <thing> = el@ <thing>", "a <thing> = un@ <thing>"],
@@ -116,6 +123,16 @@ _RULES: dict[str, list[str]] = {
     "single": ["<word> = <word>"],
     # Any words in any order: nothing but listening helps there.
     "shuffled": [f"{'<word> ' * count}= {'<word> ' * count}".strip() for count in (2, 2, 3, 3, 4, 5)],
+    # The same word twice in a row: what follows the one follows the other too.
+    "twice": _again("digit"),
+    "both": [pair for name in ("food", "quality", "name") for pair in _again(name, english=" and", spanish=" y")],
+    "repeated": [
+        *("<twice> = <twice>", "<twice> <digit> = <twice> <digit>", "<digit> <twice> = <digit> <twice>"),
+        *("<digit> <twice> <digit> = <digit> <twice> <digit>", "<weekday> <digit> <twice> = <weekday> <digit> <twice>"),
+        *("the number is <digit> <twice> = el número es <digit> <twice>", "<twice> <twice> = <twice> <twice>"),
+        *("<both> = <both>", "<what> is <both> = <what> es <both>", "<who> bought <both> = <who> compró <both>"),
+        *("<digit> <ten> <digit> <ten> = <digit> <ten> <digit> <ten>", "<digit> <digit> <twice> = <digit> <digit> <twice>"),
+    ],
     "sentence": [f"<{rule}> = <{rule}>" for rule in ("story", "story", "story", "fact", "fact", "fragment")],
 }
 # Words of the rules, which are learned alone and in any order too.

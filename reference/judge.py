@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -61,6 +61,12 @@ class Verdict:
     clip: Clip
     said: str
     heard: str
+    written: str = ""  # what was heard, before the normaliser put digits together
+
+    @property
+    def plain(self) -> "Verdict":
+        """The same without the normaliser, so that digits heard too often count one by one."""
+        return replace(self, said=self.clip.entry["text"], heard=self.written)
 
     @property
     def errors(self) -> int:
@@ -124,9 +130,9 @@ class Listener:
                 for row, clip in enumerate(group):
                     yield clip, self._body(written["sequences"][row].tolist(), times[row].tolist())
 
-    def text(self, heard: Heard, language: str) -> str:
-        """Return the words, normalised."""
-        return self.normalised(self._processor.tokenizer.decode(heard.tokens, skip_special_tokens=True), language)
+    def text(self, heard: Heard) -> str:
+        """Return the words."""
+        return str(self._processor.tokenizer.decode(heard.tokens, skip_special_tokens=True)).strip()
 
     def normalised(self, text: str, language: str) -> str:
         """Return a text as Whisper's normaliser for its language leaves it."""
@@ -172,7 +178,8 @@ def transcribed(listener: Listener, clips: list[Clip], *, timestamps: bool = Fal
     verdicts = {}
     for clip, heard in listener.hear(clips, timestamps=timestamps):
         said = listener.normalised(clip.entry["text"], clip.language)
-        verdicts[clip.name] = Verdict(clip, said, listener.text(heard, clip.language))
+        text = listener.text(heard)
+        verdicts[clip.name] = Verdict(clip, said, listener.normalised(text, clip.language), text)
     return [verdicts[clip.name] for clip in clips]
 
 
@@ -232,7 +239,10 @@ def main(checkpoint: Path, manifest: Path, *, details: bool) -> None:
         if verdict.errors:
             click.echo(f"{verdict.clip.name}\n  said  {verdict.said}\n  heard {verdict.heard}")
     click.echo("\n".join(_table(plain)))
-    click.echo(_rate("with timestamps", transcribed(listener, clips, timestamps=True)))
+    click.echo(_rate("not normalised", [verdict.plain for verdict in plain]))
+    timed = transcribed(listener, clips, timestamps=True)
+    click.echo(_rate("with timestamps", timed))
+    click.echo(_rate("with timestamps, not normalised", [verdict.plain for verdict in timed]))
     click.echo(_rate("translated, tokens", translated(listener, clips)))
     errors, miscounted = boundary_errors(listener, clips)
     click.echo(f"timestamps: {_spread(errors)}; wrong in number in {len(miscounted)} clips {' '.join(miscounted)}")
