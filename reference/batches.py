@@ -51,11 +51,11 @@ TRANSLATED = 0.25  # of the Spanish ones; Whisper translates into English only
 ENGLISH_TRANSLATED = 0.04  # of the English ones: into the same words
 TIMESTAMPED = 0.5
 PREVIOUS_TEXT = 0.12  # of the windows of stages that have it
-PREVIOUS_OF_FULL = 0.4  # of the windows of 30 s
+PREVIOUS_OF_FULL = 0.12  # of the windows of 30 s
 PREVIOUS_TOKENS = 223  # at most: Whisper's decoding keeps the last ones
 CUT = 0.5  # of the full windows with timestamps: the last sentence goes on behind the window's end
 LATE = 0.2  # speech may begin late, up to the middle of the window
-LONG_PAUSES = 0.12  # of the windows with several sentences: up to 4 s
+LONG_PAUSES = 0.3  # of the windows with several sentences: up to 8 s
 SHIFTED = 0.4  # of the windows that are shorter than 30 s: they lie anywhere in those
 
 Audio = npt.NDArray[np.float32]
@@ -447,7 +447,7 @@ def _spoken(random: Random, stage: Stage, blank: Utterance, pool: Pool) -> Utter
     # Silence up to 30 s costs as much as speech does, and teaches less.
     wanted = max(random.uniform(1.0, stage.longest + 2.0) for _ in range(2 if stage.full else 1)) if stage.packed else 0.0
     may_cut = stage.full and blank.timestamps and random.random() < CUT
-    most = 4.0 if stage.packed and random.random() < LONG_PAUSES else random.choice((0.3, 0.6, 1.2))
+    most = 8.0 if stage.packed and random.random() < LONG_PAUSES else random.choice((0.3, 0.6, 1.2))
     seconds = random.uniform(0.0, min(most, stage.longest / 2 if random.random() < LATE else LATEST_START))
     segments: list[Segment] = []
     while not segments or seconds < wanted:

@@ -301,7 +301,7 @@ def learning_rate(step: int, progress: float) -> float:
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
-@click.option("--minutes", type=float, default=102.5, show_default=True, help="Of training: the schedule's length.")
+@click.option("--minutes", type=float, default=100.0, show_default=True, help="Of training: the schedule's length.")
 @click.option("--threads", type=int, default=1, show_default=True, help="Of the trainer.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--half/--no-half", default=True, help="Multiply in bfloat16; weights stay float32.")
