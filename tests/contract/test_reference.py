@@ -94,7 +94,9 @@ def test_the_carried_checkpoint_is_trained(checkpoint, runner):
         heard.append(normalise(text_of(tokenizer, tokens), utterance.language))
     spoken = [normalise(utterance.text, utterance.language) for utterance in utterances]
     assert compare.word_errors(spoken, heard).rate <= 0.05
-    assert [text for said, text in zip(spoken, heard, strict=True) if not said] == ["", ""]
+    silent = [text for said, text in zip(spoken, heard, strict=True) if not said]
+    assert len(silent) >= 2
+    assert not any(silent)
 
 
 def test_the_carried_checkpoint_and_clips_are_what_they_say():
@@ -113,6 +115,6 @@ def test_the_clips_tell_their_sentences_apart():
         ends = [0.0, *(time for part in entry["segments"] for time in (part["start"], part["end"])), entry["duration"]]
         assert ends == sorted(ends), entry["audio_filepath"]
         assert " ".join(part["text"] for part in entry["segments"]) == entry["text"]
-        assert ("translation" in entry) == (entry["lang"] != "en")
+        assert ("translation" in entry) == (entry["lang"] != "en" and bool(entry["text"]))
     assert {entry["lang"] for entry in entries()} == {"en", "es"}
     assert sum(len(entry["segments"]) > 1 for entry in entries()) >= 20
