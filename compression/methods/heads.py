@@ -116,7 +116,15 @@ def _silenced(model: Model, attention: str, gone: Tensor, moments: Moments | Non
 
 
 def _aligned(model: Model, removed: Mapping[str, set[int]]) -> dict[str, object]:
-    """The generation config without the alignment heads that were silenced, while any is left."""
-    heads = model.generation.get("alignment_heads") or []
-    left = [[layer, head] for layer, head in heads if head not in removed.get(f"model.decoder.layers.{layer}.encoder_attn", ())]
-    return model.generation | {"alignment_heads": left} if left else model.generation
+    """The generation config with the alignment heads that still speak; where none does, the others of the upper half of layers."""
+
+    def speaks(layer: int, head: int) -> bool:
+        return head not in removed.get(f"model.decoder.layers.{layer}.encoder_attn", ())
+
+    heads = model.generation.get("alignment_heads")
+    if not heads:
+        return model.generation
+    layers, count = model.dims.decoder_layers, model.dims.decoder_heads
+    upper = [[layer, head] for layer in range(layers // 2, layers) for head in range(count)]
+    left = [[layer, head] for layer, head in heads if speaks(layer, head)]
+    return model.generation | {"alignment_heads": left or [[layer, head] for layer, head in upper if speaks(layer, head)]}

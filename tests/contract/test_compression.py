@@ -178,7 +178,7 @@ def test_layers_take_their_alignment_heads_along(applied, model):
     assert torch.equal(made.tensors["model.decoder.layers.0.fc1.weight"], model.tensors[kept])
 
 
-def test_silenced_heads_leave_the_alignment(applied, model):
+def test_silenced_heads_leave_the_alignment(applied):
     made = applied("heads", remove=3)
     silenced = {name for name, form in made.model.forms.items() if "kept_columns" in form.parts}
     assert len(silenced) == 3  # two heads each: one of them can go
@@ -229,7 +229,7 @@ def test_a_recipe_from_start_to_end(tmp_path, trained):
     [
         (["--method", "magic"], "unknown method 'magic'; the known ones: cluster, ffn, heads,"),
         (["--method", "prune", "-p", "sparsity=1"], "prune: sparsity: input should be less than 1."),
-        (["--method", "prune", "-p", "sparsity=-0.1"], "prune: sparsity: input should be greater than or equal to 0."),
+        (["--method", "prune", "-p", "sparsity=-0.1"], "sparsity: input should be greater than or equal to 0."),
         (["--method", "prune"], "prune: sparsity: field required."),
         (
             ["--method", "prune", "-p", "sparsity=.5", "-p", "criterion=wanda", "-p", "scope=global"],
