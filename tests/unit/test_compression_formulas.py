@@ -190,10 +190,10 @@ def test_a_budget_is_kept_and_used(share):
 
 @pytest.mark.parametrize("count", [16, 64])
 def test_kmeans_against_scikit_learn(count):
-    values = weight_of(1, 4000)[0]
+    values = weight_of(1, 20000)[0]
     ours = cluster.kmeans(values, count)
     columns = values[:, None].numpy()
-    theirs = KMeans(count, n_init=3, random_state=0).fit(columns)
+    theirs = KMeans(count, n_init=1, random_state=0).fit(columns)
     inertia = float((values - ours[cluster.closest(values[None], ours[None])[0]]).square().sum())
     assert inertia <= 1.02 * theirs.inertia_
     # A fixed point: scikit-learn moves no centroid.
