@@ -41,7 +41,7 @@ nightly: setup  ## export and compare everything anew, append to artifacts/histo
 	exit $$status
 
 test: .venv/.test lint types  ## lint, types and tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.test
 	$(BIN)/ruff check

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from asr_core.checkpoint import Dims, Frozen
+from asr_core.dims import Dims, Frozen
 from asr_core.errors import ArtifactError
 from asr_core.tokens import TokenIds
 
@@ -37,7 +37,9 @@ class Manifest(Frozen):
     """Everything that a runner, or a person, needs to know about an artifact.
 
     ``build_key`` identifies the inputs (checkpoint, target, precision, exporter source, tool versions): an artifact with the
-    key of today's inputs is up to date.
+    key of today's inputs is up to date. ``target`` is ``<target>.<layout>`` where the files have the form that another client
+    loads. ``alignment_heads`` (decoder layer, head) are those whose attention the decoder shows, in the order of its output;
+    None where it shows none, so that the artifact has no word timestamps.
     """
 
     schema_version: Literal[1] = 1
@@ -48,6 +50,7 @@ class Manifest(Frozen):
     build_key: str
     dims: Dims
     tokens: TokenIds
+    alignment_heads: list[tuple[int, int]] | None = None
     tensors: list[TensorSpec]
     files: list[FileEntry]
     tools: dict[str, str]

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from asr_core import artifact, isolate, registry, tokens
+from asr_core import artifact, isolate, processes, registry, tokens
 from asr_core.artifact import MANIFEST, Artifact, Manifest, TensorSpec
 from asr_core.checkpoint import Checkpoint
 from asr_core.errors import ArtifactError, StorageError, UsageError
@@ -81,11 +81,14 @@ class Staged:
 def build_key(checkpoint: Checkpoint, target: str, precision: str) -> str:
     """SHA-256 over everything that decides the bytes: checkpoint, target, precision, our sources and the tools' versions."""
     core = Path(__file__).parent
-    sources = [core / name for name in SHARED_SOURCES] + [registry.source("exporters", target)]
+    # A layout is made of its target's own exporter.
+    own = dict.fromkeys(registry.source("exporters", name) for name in (target.partition(registry.LAYOUT)[0], target))
+    sources = [*(core / name for name in SHARED_SOURCES), *own]
     inputs = {
         "fingerprint": checkpoint.fingerprint,
         "target": target,
         "precision": precision,
+        "alignment_heads": checkpoint.alignment_heads,
         "sources": [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources],
         "tools": tool_versions(target),
     }
@@ -131,7 +134,7 @@ def stage(
         outcome = isolate.run(
             "asr_core.build:export_in_process",
             {"checkpoint": str(checkpoint.path), "name": checkpoint.name, "target": target, "precision": precision,
-             "folder": str(partial)},
+             "folder": str(partial), "alignment_heads": checkpoint.alignment_heads},
             progress=progress,
         )  # fmt: skip
         isolate.result_or_raise(outcome, f"the export of {target}-{precision}")
@@ -144,7 +147,8 @@ def stage(
 def clean(final: Path) -> None:
     """Remove what killed exports of this artifact left behind; bring back a good one that was being replaced."""
     for left in sorted(final.parent.glob(f".{final.name}.*-*")):
-        if _alive(int(left.name.rpartition("-")[2])):
+        pid = int(left.name.rpartition("-")[2])
+        if pid != os.getpid() and processes.alive(pid):
             continue
         if REPLACED in left.name and not final.exists():
             left.rename(final)
@@ -152,29 +156,26 @@ def clean(final: Path) -> None:
             shutil.rmtree(left)
 
 
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def export_in_process(
-    checkpoint: str, name: str, target: str, precision: str, folder: str, progress: Callable[[str], None]
+    checkpoint: str,
+    name: str,
+    target: str,
+    precision: str,
+    folder: str,
+    progress: Callable[[str], None],
+    *,
+    alignment_heads: list[tuple[int, int]] | None = None,
 ) -> dict[str, Any]:
-    """Export, bundle and seal; runs inside the isolated process."""
+    """Export, bundle and seal; runs inside the isolated process. ``alignment_heads`` None are the checkpoint's own."""
     started = time.perf_counter()
     progress("checkpoint")
     opened = Checkpoint.open(checkpoint)
+    if alignment_heads is not None:
+        opened = opened.with_alignment_heads(alignment_heads)
     path = Path(folder)
     tensors = exporter(target).export(opened, path, precision, progress)
     progress("seal")
-    tokens.write_bundle(opened.path, opened.dims.n_mels, path)
+    tokens.write_bundle(opened.path, opened.dims.n_mels, opened.alignment_heads, path)
     manifest = Manifest(
         target=target,
         precision=precision,
@@ -183,6 +184,8 @@ def export_in_process(
         build_key=build_key(opened, target, precision),
         dims=opened.dims,
         tokens=tokens.TokenIds.read(opened.path, opened.generation, opened.dims.n_text_ctx),
+        # Another client's form has no place for the output that ours are read from.
+        alignment_heads=None if registry.LAYOUT in target else opened.alignment_heads,
         tensors=tensors,
         files=artifact.seal(path),
         tools=tool_versions(target),

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from asr_core.checkpoint import Dims
+    from asr_core.dims import Dims
+
+# The output of a decoder step that :meth:`Decoder.choose_heads` makes.
+ALIGNMENT_QUERIES = "alignment_queries"
+
+Heads = Sequence[tuple[int, int]]  # (decoder layer, head)
 
 # Large enough to vanish in a softmax, small enough for float16 (largest value 65504).
 MASKED = -1e4
@@ -30,6 +35,17 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """[B, H, T, E] → [B, T, D]."""
     return x.transpose(1, 2).flatten(2)
+
+
+def _runs(heads: Heads) -> list[tuple[int, int, int]]:
+    """Heads in their order as runs of neighbours: layer, first, one after the last."""
+    runs: list[tuple[int, int, int]] = []
+    for layer, head in heads:
+        if runs and (runs[-1][0], runs[-1][2]) == (layer, head):
+            runs[-1] = (layer, runs[-1][1], head + 1)
+        else:
+            runs.append((layer, head, head + 1))
+    return runs
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -99,8 +115,14 @@ class Encoder(nn.Module):
 
     def forward(self, mel: Tensor) -> Tensor:
         """Encode float [B, n_mels, 2F] log-mel into float [B, F, D] states."""
-        x = F.gelu(self.conv2(F.gelu(self.conv1(mel))))
-        x = x.transpose(1, 2) + self.embed_positions.weight
+        return self.transform(self.stem(mel) + self.embed_positions.weight)
+
+    def stem(self, mel: Tensor) -> Tensor:
+        """The convolutions: float [B, n_mels, 2F] → [B, F, D]."""
+        return F.gelu(self.conv2(F.gelu(self.conv1(mel)))).transpose(1, 2)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Everything after the positions were added: [B, F, D] → states [B, F, D]."""
         for layer in self.layers:
             x = layer(x)
         states: Tensor = self.layer_norm(x)
@@ -120,11 +142,11 @@ class DecoderLayer(nn.Module):
         self.fc2 = nn.Linear(ffn, width)
         self.final_layer_norm = nn.LayerNorm(width)
 
-    def cross_and_ffn(self, x: Tensor, cross_k: Tensor, cross_v: Tensor) -> Tensor:
-        """Everything after self-attention; cross keys and values are [B, H, F, E]."""
+    def cross_and_ffn(self, x: Tensor, cross_k: Tensor, cross_v: Tensor) -> tuple[Tensor, Tensor]:
+        """Everything after self-attention; cross keys and values are [B, H, F, E]. Also returns the queries [B, H, T, E]."""
         q = self.encoder_attn.query(self.encoder_attn_layer_norm(x))
         x = x + self.encoder_attn.output(attend(q, cross_k, cross_v))
-        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x)))), q
 
 
 class Decoder(nn.Module):
@@ -151,6 +173,18 @@ class Decoder(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states [B, T, D] → logits [B, T, vocab]."""
         return self.layer_norm(x) @ self.embed_tokens.weight.t()
+
+    def choose_heads(self, queries: Sequence[Tensor], heads: Heads) -> Tensor:
+        """Each layer's cross-attention queries [B, H, T, E] → those of the given heads, [B, heads, T, E].
+
+        That is what word timestamps need of a decoder: whoever has the cross-attention keys multiplies them with it. The
+        products themselves would be 1500 numbers a head and token, written at every step and read by nobody while decoding.
+        """
+        every = (0, self.dims.decoder_heads)
+        pieces = [
+            queries[layer] if (first, after) == every else queries[layer][:, first:after] for layer, first, after in _runs(heads)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
     @property
     def blocks(self) -> list[DecoderLayer]:
@@ -184,12 +218,17 @@ class DynamicStep(nn.Module):
     the first P rows of a longer buffer are contiguous memory.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, heads: Heads) -> None:
         super().__init__()
         self.decoder = decoder
+        self.heads = heads
 
     def forward(self, tokens: Tensor, past: Sequence[Tensor], cross: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Tokens int [B, T]; past 2L × [P, B, H, E]; cross 2L × [B, H, F, E] → (logits [B, T, vocab], 2L × [T, B, H, E])."""
+        """One step.
+
+        Tokens int [B, T]; past 2L × [P, B, H, E]; cross 2L × [B, H, F, E] → (logits [B, T, vocab], alignment queries
+        [B, heads, T, E], new rows 2L × [T, B, H, E]).
+        """
         p = past[0].shape[0]
         t = tokens.shape[1]
         positions = torch.arange(p, p + t, device=tokens.device)
@@ -197,6 +236,7 @@ class DynamicStep(nn.Module):
         x = self.decoder.embed(tokens, positions)
         mask = mask.to(x.dtype)
         new: list[Tensor] = []
+        queries: list[Tensor] = []
         for i, layer in enumerate(self.decoder.blocks):
             attn = layer.self_attn
             h = layer.self_attn_layer_norm(x)
@@ -205,9 +245,93 @@ class DynamicStep(nn.Module):
             k = torch.cat([past[2 * i], k_new]).permute(1, 2, 0, 3)
             v = torch.cat([past[2 * i + 1], v_new]).permute(1, 2, 0, 3)
             x = x + attn.output(attend(attn.query(h), k, v, mask))
-            x = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
+            x, q = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
+            queries.append(q)
             new += [k_new, v_new]
-        return (self.decoder.logits(x), *new)
+        return (self.decoder.logits(x), self.decoder.choose_heads(queries, self.heads), *new)
+
+
+class EncodeShort(nn.Module):
+    """Mel of any length up to a window → the cross-attention K and V of all layers, heads not split, and the states."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, mel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, n_mels, T] → K and V [L, B, F, D], states [B, F, D]."""
+        x = self.encoder.stem(mel)
+        states = self.encoder.transform(x + self.encoder.embed_positions.weight[: x.shape[1]])
+        keys = torch.stack([layer.encoder_attn.k_proj(states) for layer in self.decoder.blocks])
+        values = torch.stack([layer.encoder_attn.v_proj(states) for layer in self.decoder.blocks])
+        return keys, values, states
+
+
+class FixedStep(nn.Module):
+    """Decoder step over caches of the full text context, which it returns with the new rows in their places."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(
+        self, tokens: Tensor, keys: Tensor, values: Tensor, cross_keys: Tensor, cross_values: Tensor, offset: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Tokens int [B, T] at ``offset`` int [1]; caches [L, B, n_text_ctx, D]; cross [L, B, F, D]; heads are not split."""
+        decoder = self.decoder
+        positions = offset + torch.arange(tokens.shape[1], device=tokens.device)
+        slots = torch.arange(decoder.dims.n_text_ctx, device=tokens.device)
+        x = decoder.embed(tokens, positions)
+        mask = ((slots[None, :] > positions[:, None]) * MASKED).to(x.dtype)
+        made: list[tuple[Tensor, Tensor]] = []
+        for i, layer in enumerate(decoder.blocks):
+            attn, h = layer.self_attn, layer.self_attn_layer_norm(x)
+            k = keys[i].index_copy(1, positions, attn.k_proj(h))
+            v = values[i].index_copy(1, positions, attn.v_proj(h))
+            x = x + attn.output(attend(attn.query(h), split_heads(k, attn.heads), split_heads(v, attn.heads), mask))
+            cross = (split_heads(rows[i], attn.heads) for rows in (cross_keys, cross_values))
+            x, _ = layer.cross_and_ffn(x, *cross)
+            made.append((k, v))
+        return (decoder.logits(x), *(torch.stack(rows) for rows in zip(*made, strict=True)))
+
+
+class GrowingStep(nn.Module):
+    """Decoder step in the form that Hugging Face's clients pass a cache: [B, H, P, E] in, the whole [B, H, P + T, E] out."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, tokens: Tensor, past: Sequence[Tensor], cross: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Tokens int [B, T]; past 2L × [B, H, P, E]; cross 2L × [B, H, F, E] → (logits [B, T, vocab], 2L × [B, H, P + T, E])."""
+        p = past[0].shape[2]
+        t = tokens.shape[1]
+        positions = torch.arange(p, p + t, device=tokens.device)
+        mask = (torch.arange(p + t, device=tokens.device)[None, :] > positions[:, None]) * MASKED
+        x = self.decoder.embed(tokens, positions)
+        mask = mask.to(x.dtype)
+        present: list[Tensor] = []
+        for i, layer in enumerate(self.decoder.blocks):
+            h = layer.self_attn_layer_norm(x)
+            new = layer.self_attn.keys_values(h)
+            k, v = (torch.cat([old, rows], 2) for old, rows in zip(past[2 * i : 2 * i + 2], new, strict=True))
+            x = x + layer.self_attn.output(attend(layer.self_attn.query(h), k, v, mask))
+            x, _ = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
+            present += [k, v]
+        return (self.decoder.logits(x), *present)
+
+
+class CrossKeysValues(nn.Module):
+    """Encoder states → the cross-attention K/V of every decoder layer, where a graph of its own computes them."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, states: Tensor) -> tuple[Tensor, ...]:
+        """[B, F, D] → (k0, v0, k1, v1, …), [B, H, F, E] each."""
+        return tuple(self.decoder.cross_keys_values(states))
 
 
 def load_weights(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:

@@ -1,4 +1,7 @@
-"""Find backends by looking into a package: a backend is one file, and nothing lists it."""
+"""Find backends by looking into a package: a backend is one file, and nothing lists it.
+
+``<target>.<layout>`` names a target in the form that another client loads; its file is ``_<target>_<layout>.py``.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import importlib.util
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +22,7 @@ from asr_core.errors import UnavailableError, UsageError
 DISTRIBUTION = "asr-export"
 # Files of the packages that are not backends.
 SHARED_MODULES = {"__init__", "base"}
+LAYOUT = "."  # between a target and its layout; "@" would be a revision to Hugging Face's clients
 
 
 def names(package: str) -> list[str]:
@@ -26,34 +31,49 @@ def names(package: str) -> list[str]:
     return sorted(name for name in found - SHARED_MODULES if not name.startswith("_"))
 
 
+def layouts(package: str, target: str) -> list[str]:
+    """The layouts that a target has beside its own, sorted."""
+    prefix = f"_{target}_"
+    return sorted(file.stem.removeprefix(prefix) for file in _folder(package).glob(f"{prefix}*.py"))
+
+
 def source(package: str, name: str) -> Path:
     """The file of one backend."""
-    return _folder(package) / f"{name}.py"
+    return _folder(package) / f"{_module(name)}.py"
 
 
 def load(package: str, name: str) -> ModuleType:
     """Import one backend by name; raises :class:`UsageError`, listing the known ones, for an unknown name."""
+    target, _, layout = name.partition(LAYOUT)
     known = names(package)
-    if name not in known:
+    if target not in known:
         raise UsageError(f"unknown target {name!r}; the known ones: {', '.join(known)}.")
-    return importlib.import_module(f"{package}.{name}")
+    if layout and layout not in layouts(package, target):
+        raise UsageError(_no_layout(target, layout, layouts(package, target)))
+    return importlib.import_module(f"{package}.{_module(name)}")
 
 
 def import_alone(name: str, *, without: Sequence[str]) -> ModuleType:
-    """Import a library that imports every neighbour it knows of, as if those in ``without`` were not installed.
+    """Import a library that imports every neighbour it knows of, as if those in ``without`` were not installed."""
+    with absent(without):
+        return importlib.import_module(name)
 
-    They would cost seconds and hundreds of megabytes, and two of them in one process can abort it. What the library logs of
-    their absence is silenced.
+
+@contextmanager
+def absent(packages: Sequence[str]) -> Iterator[None]:
+    """Let libraries believe that packages are not installed, and keep what they log of that to themselves.
+
+    Importing the packages would cost seconds and hundreds of megabytes, and two of them in one process can abort it.
     """
-    before = {module: sys.modules[module] for module in without if module in sys.modules}
-    absent: dict[str, Any] = dict.fromkeys(without)
+    before = {module: sys.modules[module] for module in packages if module in sys.modules}
+    nothing: dict[str, Any] = dict.fromkeys(packages)
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    sys.modules.update(absent)
+    sys.modules.update(nothing)
     try:
-        return importlib.import_module(name)
+        yield
     finally:
-        for module in without:
+        for module in packages:
             del sys.modules[module]
         sys.modules.update(before)
         logging.disable(disabled)
@@ -61,6 +81,7 @@ def import_alone(name: str, *, without: Sequence[str]) -> ModuleType:
 
 def requirements(extra: str) -> list[str]:
     """The packages that an extra of this distribution installs (its row in ``pyproject.toml``), by name."""
+    extra = extra.partition(LAYOUT)[0]
     marker = re.compile(rf"""extra\s*==\s*['"]{re.escape(extra)}['"]""")
     rows = (row.partition(";") for row in metadata.requires(DISTRIBUTION) or [])
     return sorted(re.split(r"[\s\[<>=!~(]", package, maxsplit=1)[0] for package, _, when in rows if marker.search(when))
@@ -73,8 +94,19 @@ def require(target: str, *extras: str) -> None:
     missing = [package for package in needed if not _installed(package)]
     if missing:
         raise UnavailableError(
-            f"{target} needs {', '.join(missing)}, not installed here: pip install '{DISTRIBUTION}[{','.join(wanted)}]'"
+            f"{target} needs {', '.join(missing)}, not installed here: "
+            f"pip install '{DISTRIBUTION}[{','.join(one.partition(LAYOUT)[0] for one in wanted)}]'"
         )
+
+
+def _module(name: str) -> str:
+    target, dot, layout = name.partition(LAYOUT)
+    return f"_{target}_{layout}" if dot else target
+
+
+def _no_layout(target: str, layout: str, known: list[str]) -> str:
+    has = f"has these beside its own: {', '.join(known)}" if known else "has only its own"
+    return f"{target} has no layout {layout!r}; it {has}."
 
 
 def _installed(package: str) -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from asr_export.cli import handle_errors, stage_progress
+from asr_export.cli import checkpoint_options, handle_errors, open_checkpoint, stage_progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,27 +42,27 @@ class Contender:
 
 
 @click.command(help=__doc__)
-@click.option("--model", required=True, type=click.Path(exists=True, path_type=Path), help="Checkpoint folder.")
+@checkpoint_options
 @click.option("--artifacts", required=True, type=click.Path(exists=True, path_type=Path), help="Its artifacts.")
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(3), help="Interleaved rounds.")
 @click.option("--tokens", default=100, show_default=True, type=click.IntRange(1, 400), help="Forced tokens a window.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--json", "json_file", required=True, type=click.Path(path_type=Path), help="Raw samples go here.")
 @handle_errors
-def main(model: Path, artifacts: Path, rounds: int, tokens: int, threads: int, json_file: Path) -> None:
+def main(model: str, adapter: str | None, artifacts: Path, rounds: int, tokens: int, threads: int, json_file: Path) -> None:
     """Run the command."""
     from rich.console import Console
 
     from asr_core.artifact import read_manifest
-    from asr_core.checkpoint import Checkpoint
     from parity import report
     from parity.session import discover
 
-    folders = discover(artifacts, Checkpoint.open(model).name)
-    contenders = [Contender(REFERENCE, "pytorch", model)]
+    checkpoint = open_checkpoint(model, adapter)
+    folders = discover(artifacts, checkpoint.name)
+    contenders = [Contender(REFERENCE, "pytorch", checkpoint.path)]
     contenders += [Contender(f"{m.target}-{m.precision}", m.target, f) for f in folders for m in [read_manifest(f)]]
     samples = measure(contenders, rounds, tokens, threads)
-    content = {"schema": 1, "host": report.host() | {"threads": threads}, "model": model.name, "tokens": tokens}
+    content = {"schema": 1, "host": report.host() | {"threads": threads}, "model": checkpoint.name, "tokens": tokens}
     report.write_json(json_file, content | {"samples": samples})
     terminal = Console()
     (terminal if terminal.is_terminal else Console(width=140)).print(table(samples))

@@ -13,6 +13,8 @@ from asr_core.errors import REFUSALS, AsrExportError, StorageError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from asr_core.checkpoint import Checkpoint
+
 INTERRUPTED = 130  # what a shell reports for a command that ended by Ctrl-C
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,6 +38,28 @@ def handle_errors(command: Callable[P, R]) -> Callable[P, R]:
             fail(StorageError(f"{error.filename or 'the output'}: {error.strerror}."))
 
     return run
+
+
+def checkpoint_options(command: Callable[P, R]) -> Callable[P, R]:
+    """Give a click callback the options that name a checkpoint: ``model`` and ``adapter``."""
+    model = click.option(
+        "--model",
+        default="reference",
+        show_default=True,
+        help="Checkpoint: folder, .pt file, adapter, hub id (owner/name or owner/name@revision), or 'reference' (carried).",
+    )
+    adapter = click.option("--adapter", help="PEFT adapter (folder or hub id) to merge into the model.")
+    return model(adapter(command))
+
+
+def open_checkpoint(model: str, adapter: str | None) -> Checkpoint:
+    """Open what the options name; what had to be converted, merged or rebuilt is said on stderr."""
+    from asr_core.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(model, adapter)
+    for remark in checkpoint.remarks:
+        click.echo(f"Note: {remark}.", err=True)
+    return checkpoint
 
 
 def report(error: AsrExportError) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from asr_core.errors import AsrExportError, GateError, UnavailableError
-from asr_export.cli import handle_errors, report, stage_progress
+from asr_export.cli import checkpoint_options, handle_errors, open_checkpoint, report, stage_progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -42,20 +42,41 @@ class Job:
 
 
 @click.command(help=__doc__, epilog="Exit codes: see the README, section 'Exit codes'.")
-@click.option("--model", default="reference", show_default=True, help="Checkpoint folder, hub id, or 'reference' (carried).")
+@checkpoint_options
 @click.option("--target", required=True, help="One of the targets (an unknown one lists them), or 'all'.")
 @click.option("--precision", default="all", show_default=True, help="One of the target's precisions, or 'all'.")
+@click.option("--layout", help="The form that another client loads (an unknown one lists the target's) [ours].")
 @click.option("--out", default="artifacts", show_default=True, type=click.Path(path_type=Path), help="Root of the output.")
+@click.option(
+    "--alignment-heads",
+    "asked",
+    default="checkpoint",
+    show_default=True,
+    help="Heads that word timestamps are made from: the checkpoint's, a list (layer:head,…), or 'discover' to find them.",
+)
+@click.option("--data", "source", type=click.Path(path_type=Path), help="Clips to discover heads with [carried clips].")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Exports at a time.")
 @click.option("--force", is_flag=True, help="Export again even where an artifact is up to date.")
 @handle_errors
-def main(model: str, target: str, precision: str, out: Path, jobs: int, *, force: bool) -> None:
+def main(
+    model: str,
+    adapter: str | None,
+    target: str,
+    precision: str,
+    layout: str | None,
+    out: Path,
+    asked: str,
+    source: Path | None,
+    jobs: int,
+    *,
+    force: bool,
+) -> None:
     """Run the command."""
-    from asr_core.checkpoint import Checkpoint
+    from asr_export import heads
 
-    planned = plan(target, precision)
+    planned = plan(target, precision, layout)
     require_any({name for name, _ in planned})
-    checkpoint = Checkpoint.open(model)
+    checkpoint = heads.choose(open_checkpoint(model, adapter), asked, source, out)
     failures = []
     stale = []
     for name, chosen in planned:
@@ -73,11 +94,17 @@ def main(model: str, target: str, precision: str, out: Path, jobs: int, *, force
         raise SystemExit(failures[0].exit_code)
 
 
-def plan(target: str, precision: str) -> list[tuple[str, str]]:
-    """Targets and precisions that the options name; raises :class:`~asr_core.errors.UsageError` for unknown ones."""
+def plan(target: str, precision: str, layout: str | None = None) -> list[tuple[str, str]]:
+    """Targets and precisions that the options name; raises :class:`~asr_core.errors.UsageError` for unknown ones.
+
+    ``layout`` makes each target ``<target>.<layout>``; of all targets, those that have it.
+    """
     from asr_core import build, registry
 
     targets = registry.names("exporters") if target == "all" else [target]
+    if layout:
+        having = [name for name in targets if layout in registry.layouts("exporters", name)]
+        targets = [f"{name}{registry.LAYOUT}{layout}" for name in having or targets]
     pairs = []
     for name in targets:
         precisions = build.exporter(name).PRECISIONS if precision == "all" else (precision,)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from asr_core.errors import GateError, UsageError
-from asr_export.cli import handle_errors
+from asr_export.cli import checkpoint_options, handle_errors, open_checkpoint
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,12 +21,14 @@ PICTURES = (".png", ".svg", ".pdf")
 @click.command(epilog="Exit codes: 0 every stage in bounds, 1 one is out of bounds; others: see the README.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--clip", required=True, type=click.Path(path_type=Path), help="Audio of at most 30 s.")
-@click.option("--model", default="reference", show_default=True, help="Checkpoint folder, hub id, or 'reference' (carried).")
+@checkpoint_options
 @click.option("--language", default="en", show_default=True, help="Language that is spoken, as a code.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of both runtimes.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw error by stage here (.png, .svg, .pdf).")
 @handle_errors
-def localise(artifact: Path, clip: Path, model: str, language: str, threads: int, picture: Path | None) -> None:
+def localise(
+    artifact: Path, clip: Path, model: str, adapter: str | None, language: str, threads: int, picture: Path | None
+) -> None:
     """Name the first stage of ARTIFACT that does something else than PyTorch's.
 
     Every stage is judged alone: it is given what the artifact's stage before it has shown, and compared with what the
@@ -39,11 +41,10 @@ def localise(artifact: Path, clip: Path, model: str, language: str, threads: int
     registry.require("pytorch", "export")
     from rich.console import Console
 
-    from asr_core.checkpoint import Checkpoint
     from parity import stage_plot
     from parity.localise import Localiser
 
-    found = Localiser(Checkpoint.open(model), threads).localise(artifact, clip, language=language)
+    found = Localiser(open_checkpoint(model, adapter), threads).localise(artifact, clip, language=language)
     console = Console()
     console.print(_table(found))
     for sentence in [*found.remarks, _divergence(found), _verdict(found)]:

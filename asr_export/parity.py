@@ -17,7 +17,7 @@ import click
 from click.core import ParameterSource
 
 from asr_core.errors import REFUSALS, GateError, RegressionError, UnavailableError, UndecidedError, UsageError
-from asr_export.cli import handle_errors, stage_progress
+from asr_export.cli import checkpoint_options, handle_errors, open_checkpoint, stage_progress
 from asr_export.history import history
 from asr_export.localise import localise
 from asr_export.merge import merge
@@ -39,7 +39,7 @@ EPILOG = (
 
 @click.group(help=__doc__, epilog=EPILOG, invoke_without_command=True)
 @click.option("--artifacts", default="artifacts", show_default=True, type=click.Path(path_type=Path), help="Artifacts' root.")
-@click.option("--model", default="reference", show_default=True, help="Checkpoint folder, hub id, or 'reference' (carried).")
+@checkpoint_options
 @click.option("--data", "source", type=click.Path(path_type=Path), help="NeMo manifest or LibriSpeech folder [carried clips].")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of every runtime.")
 @click.option(
@@ -62,6 +62,7 @@ def main(
     context: click.Context,
     artifacts: Path,
     model: str,
+    adapter: str | None,
     source: Path | None,
     threads: int,
     level: suite.Level,
@@ -81,13 +82,12 @@ def main(
 
     registry.require("pytorch", "export")
     import reference
-    from asr_core.checkpoint import Checkpoint
     from parity import data, provenance, report
     from parity.session import discover
 
     if history_file:
         _check_history(history_file)
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model, adapter)
     utterances = data.read(source or reference.manifest_path())
     folders = discover(artifacts, checkpoint.name)
     with ExitStack() as stack:
@@ -147,8 +147,7 @@ def measure_all(
         progress.advance(bar)
         for folder in folders:
             rows.append(session.judge(folder))
-            testimony = session.testimony(rows[-1], folder)
-            rows += [testimony] if testimony else []
+            rows += session.testimony(rows[-1], folder)
             progress.advance(bar)
     if session.kept.resumed:
         click.echo(f"Resumed: {', '.join(session.kept.resumed)} measured before (--fresh measures anew).", err=True)

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from asr_core import registry
 from asr_core.artifact import TensorSpec
-from asr_core.checkpoint import Checkpoint, Dims, expected_shapes
+from asr_core.checkpoint import Checkpoint
+from asr_core.dims import Dims, expected_shapes
 from asr_core.errors import ExportError
 from asr_core.isolate import Progress
 
@@ -68,7 +69,7 @@ class Traceable:
     the host computes or reads itself.
     """
 
-    module: torch.nn.Module
+    module: Any
     inputs: Ports
     outputs: Ports
     states: Ports = field(default_factory=dict)
@@ -95,17 +96,23 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
     specs: list[TensorSpec] = []
     for name, describe in (("encoder", _encoder), ("decoder", _stateful_step if stateful else _stateless_step)):
         progress(name)
-        traceable = describe(checkpoint)
-        if stateful and weights in PALETTE_BITS:
-            _set_sizes_apart(traceable.module)
-        with _clean_conversion(name):
-            model = _convert(traceable, weights, stateful=stateful)
-            _check_states(model, traceable)
-            specs += _specs(name, traceable, weights)
-            del traceable  # its weights are in the model now
-            progress(f"{name} weights")
-            _compress(model, weights, grouped=stateful).save(str(folder / f"{name}.mlpackage"))
-        del model
+        specs += package(name, describe(checkpoint), folder, weights, progress, stateful=stateful)
+    return specs
+
+
+def package(
+    name: str, traceable: Traceable, folder: Path, weights: str, progress: Progress, *, stateful: bool = False
+) -> list[TensorSpec]:
+    """Convert one graph and write ``<name>.mlpackage``; returns its inputs and outputs."""
+    if stateful and weights in PALETTE_BITS:
+        _set_sizes_apart(traceable.module)
+    with _clean_conversion(name):
+        model = _convert(traceable, weights, stateful=stateful)
+        _check_states(model, traceable)
+        specs = _specs(name, traceable, weights)
+        traceable.module = None  # its weights are in the model now
+        progress(f"{name} weights")
+        _compress(model, weights, grouped=stateful).save(str(folder / f"{name}.mlpackage"))
     return specs
 
 
@@ -151,8 +158,8 @@ def _encoder(checkpoint: Checkpoint) -> Traceable:
     dims = checkpoint.dims
     with torch.device("meta"):
         module = graph.EncodeWithCross(graph.Encoder(dims), graph.Decoder(dims))
-    _load(module.encoder, "model.encoder.", checkpoint)
-    _load(module.decoder, "model.decoder.", checkpoint, r"encoder_attn\.[kv]_proj")
+    load_weights(module.encoder, "model.encoder.", checkpoint)
+    load_weights(module.decoder, "model.decoder.", checkpoint, r"encoder_attn\.[kv]_proj")
     return Traceable(
         module=module,
         inputs={"mel": (1, dims.n_mels, 2 * dims.n_audio_ctx)},
@@ -183,22 +190,24 @@ def _stateless_step(checkpoint: Checkpoint) -> Traceable:
             mask = (torch.arange(dims.n_text_ctx) >= position).float() * graph.MASKED
             x = decoder.embed(token, position)
             new: list[Tensor] = []
+            queries: list[Tensor] = []
             for i, layer in enumerate(decoder.blocks):
                 attn, h = layer.self_attn, layer.self_attn_layer_norm(x)
                 q, (k, v) = attn.query(h), attn.keys_values(h)
                 scores = torch.cat([q @ past[2 * i].transpose(-1, -2) + mask, q @ k.transpose(-1, -2)], -1).softmax(-1)
                 old, own = scores.split([dims.n_text_ctx, 1], -1)
                 x = x + attn.output(old @ past[2 * i + 1] + own @ v)
-                x = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
+                x, q = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
+                queries.append(q)
                 new += [k, v]
-            return (_logits(decoder, x), *new)
+            return (_logits(decoder, x), decoder.choose_heads(queries, checkpoint.alignment_heads), *new)
 
     return Traceable(
         module=Step(),
         inputs={**_scalars(), **_keys_values("past", dims.n_text_ctx, dims), **_keys_values("cross", dims.n_audio_ctx, dims)},
-        outputs={"logits": (1, 1, dims.vocab), **_keys_values("new", 1, dims)},
+        outputs={**_shown(checkpoint), **_keys_values("new", 1, dims)},
         integers=tuple(_scalars()),
-        float32=("logits",),
+        float32=tuple(_shown(checkpoint)),
     )
 
 
@@ -222,25 +231,27 @@ def _stateful_step(checkpoint: Checkpoint) -> Traceable:
             for name, shape in states.items():
                 self.register_buffer(name, torch.zeros(shape))
 
-        def forward(self, token: Tensor, position: Tensor, *cross: Tensor) -> Tensor:
+        def forward(self, token: Tensor, position: Tensor, *cross: Tensor) -> tuple[Tensor, Tensor]:
             slots = torch.arange(dims.n_text_ctx)
             mask = (slots > position).float() * graph.MASKED
             x = decoder.embed(token, position)
+            queries: list[Tensor] = []
             for i, layer in enumerate(decoder.blocks):
                 attn, h = layer.self_attn, layer.self_attn_layer_norm(x)
                 past = (getattr(self, f"past_k_{i}"), getattr(self, f"past_v_{i}"))
                 k, v = (_remember(old, row, slots, position) for old, row in zip(past, attn.keys_values(h), strict=True))
                 x = x + attn.output(graph.attend(attn.query(h), k, v, mask))
-                x = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
-            return _logits(decoder, x)
+                x, q = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
+                queries.append(q)
+            return _logits(decoder, x), decoder.choose_heads(queries, checkpoint.alignment_heads)
 
     return Traceable(
         module=Step(),
         inputs={**_scalars(), **_keys_values("cross", dims.n_audio_ctx, dims)},
-        outputs={"logits": (1, 1, dims.vocab)},
+        outputs=_shown(checkpoint),
         states=states,
         integers=tuple(_scalars()),
-        float32=("logits",),
+        float32=tuple(_shown(checkpoint)),
     )
 
 
@@ -253,6 +264,15 @@ def _remember(past: torch.Tensor, row: torch.Tensor, slots: torch.Tensor, positi
 
     past[:] = torch.where((slots == position)[:, None], row, past)
     return past
+
+
+def _shown(checkpoint: Checkpoint) -> Ports:
+    """What a step tells of its token: logits, and the queries of the alignment heads."""
+    from asr_core import graph
+
+    dims = checkpoint.dims
+    queries = (1, len(checkpoint.alignment_heads), 1, dims.head_dim)
+    return {"logits": (1, 1, dims.vocab), graph.ALIGNMENT_QUERIES: queries}
 
 
 def _scalars() -> Ports:
@@ -281,10 +301,10 @@ def _decoder(checkpoint: Checkpoint) -> Any:
 
     with torch.device("meta"):
         decoder = graph.Decoder(checkpoint.dims)
-    return _load(decoder, "model.decoder.", checkpoint, r"(?!.*encoder_attn\.[kv]_proj)")
+    return load_weights(decoder, "model.decoder.", checkpoint, r"(?!.*encoder_attn\.[kv]_proj)")
 
 
-def _load(module: Any, prefix: str, checkpoint: Checkpoint, wanted: str = "") -> Any:
+def load_weights(module: Any, prefix: str, checkpoint: Checkpoint, wanted: str = "") -> Any:
     """Give a module without storage the tensors below ``prefix`` whose names hold the pattern; only those are read.
 
     The others stay without storage: a graph that uses one cannot be converted.

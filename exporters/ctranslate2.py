@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from asr_core.artifact import TensorSpec
-from asr_core.checkpoint import Checkpoint, Dims
+from asr_core.checkpoint import Checkpoint
+from asr_core.dims import Dims
 from asr_core.errors import ExportError
 from asr_core.isolate import Progress
 from asr_core.tokens import load_tokenizer
@@ -43,8 +44,9 @@ def _complete_config(checkpoint: Checkpoint, path: Path) -> None:
     The converter reads them through transformers, which drops language ids and alignment heads of a generation config that
     was saved with ``_from_model_config``; faster-whisper would then take the model for an English-only one.
     """
-    config = json.loads(path.read_text(encoding="utf-8")) | _token_lists(checkpoint.generation)
-    missing = [name for name in ("suppress_ids", "suppress_ids_begin", "alignment_heads") if config.get(name) is None]
+    heads = {"alignment_heads": [list(head) for head in checkpoint.alignment_heads]}
+    config = json.loads(path.read_text(encoding="utf-8")) | _token_lists(checkpoint.generation) | heads
+    missing = [name for name in ("suppress_ids", "suppress_ids_begin") if config.get(name) is None]
     if checkpoint.multilingual and not config.get("lang_ids"):
         missing.append("lang_ids")
     if missing:
@@ -53,15 +55,11 @@ def _complete_config(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _token_lists(generation: dict[str, Any]) -> dict[str, list[Any]]:
-    lists: dict[str, list[Any]] = {
+    return {
         "suppress_ids": generation.get("suppress_tokens") or [],
         "suppress_ids_begin": generation.get("begin_suppress_tokens") or [],
         "lang_ids": sorted((generation.get("lang_to_id") or {}).values()),
     }
-    # Without heads of its own a checkpoint gets the converter's: all of the upper half of the layers.
-    if generation.get("alignment_heads"):
-        lists["alignment_heads"] = generation["alignment_heads"]
-    return lists
 
 
 def _complete_vocabulary(checkpoint: Checkpoint, path: Path) -> None:

@@ -19,13 +19,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asr_core.artifact import TensorSpec
-from asr_core.checkpoint import EMBEDDING, Checkpoint, Dims, Weights, expected_shapes
+from asr_core.checkpoint import Checkpoint
+from asr_core.dims import EMBEDDING, Dims, expected_shapes
 from asr_core.errors import ExportError
 from asr_core.isolate import Progress
+from asr_core.weights import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +64,11 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
     dims, weights = checkpoint.dims, checkpoint.weights
     _check_values(dims, weights, precision)
     tensors: list[TensorSpec] = []
-    for part, build, network in (("encoder", _encoder, _encoder_network(dims)), ("decoder", _decoder, _decoder_network(dims))):
+    heads = checkpoint.alignment_heads
+    for part, build, network in (
+        ("encoder", _encoder, _encoder_network(dims)),
+        ("decoder", partial(_decoder, heads=heads), _decoder_network(dims, heads)),
+    ):
         progress(part)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             traced = Path(scratch) / "traced.pt"
@@ -131,11 +138,11 @@ def _encoder_network(dims: Dims) -> Network:
     return Network({"mel": [dims.n_mels, 2 * dims.n_audio_ctx]}, states | _keys_values("cross", dims.n_audio_ctx, dims))
 
 
-def _decoder_network(dims: Dims) -> Network:
+def _decoder_network(dims: Dims, heads: list[tuple[int, int]]) -> Network:
     embedded: Shapes = {"embedded": ["tokens", dims.d_model], "mask": [1, "tokens", "rows"]}
     caches = _keys_values("past", "past", dims) | _keys_values("cross", dims.n_audio_ctx, dims)
-    logits: Shapes = {"logits": ["tokens", dims.vocab]}
-    return Network(embedded | caches, logits | _keys_values("present", "rows", dims))
+    shown: Shapes = {"logits": ["tokens", dims.vocab], "alignment_queries": [len(heads), "tokens", dims.head_dim]}
+    return Network(embedded | caches, shown | _keys_values("present", "rows", dims))
 
 
 def _keys_values(name: str, rows: int | str, dims: Dims) -> Shapes:
@@ -157,9 +164,14 @@ def _attend(attn: graph.Attention, x: Tensor, k: Tensor, v: Tensor, mask: Tensor
     """Attention from [1, T, D] over [1, H, S, E], as the one operator that ncnn computes without a matrix of scores."""
     from torch.nn.functional import scaled_dot_product_attention
 
+    return attn.output(scaled_dot_product_attention(_queries(attn, x), k, v, mask))
+
+
+def _queries(attn: graph.Attention, x: Tensor) -> Tensor:
+    """Unscaled queries [1, H, T, E]."""
     from asr_core.graph import split_heads
 
-    return attn.output(scaled_dot_product_attention(split_heads(attn.q_proj(x), attn.heads), k, v, mask))
+    return split_heads(attn.q_proj(x), attn.heads)
 
 
 def _encoder(dims: Dims, weights: Weights) -> nn.Module:
@@ -196,9 +208,10 @@ def _encoder(dims: Dims, weights: Weights) -> nn.Module:
     return Encode().eval()
 
 
-def _decoder(dims: Dims, weights: Weights) -> nn.Module:
+def _decoder(dims: Dims, weights: Weights, heads: list[tuple[int, int]]) -> nn.Module:
     """Embedded tokens [1, T, D], mask [1, 1, T, P + T], past and cross K/V → logits [1, T, vocab] and the grown past.
 
+    And the queries [1, heads, T, E] of the alignment heads, which ncnn computes only for who asks.
     The past grows inside, and not in a buffer of the host: attention wants it in one piece, so that it is copied anyway.
     """
     import torch
@@ -224,15 +237,19 @@ def _decoder(dims: Dims, weights: Weights) -> nn.Module:
             half = len(caches) // 2
             past, cross = caches[:half], caches[half:]
             present: list[Tensor] = []
+            queries: list[Tensor] = []
             for i, layer in enumerate(self.decoder.blocks):
                 h = layer.self_attn_layer_norm(x)
                 pairs = zip(past[2 * i : 2 * i + 2], layer.self_attn.keys_values(h), strict=True)
                 k, v = (torch.cat(pair, 2) for pair in pairs)
                 x = x + _attend(layer.self_attn, h, k, v, mask)
-                x = x + _attend(layer.encoder_attn, layer.encoder_attn_layer_norm(x), *cross[2 * i : 2 * i + 2])
+                attn, q = layer.encoder_attn, _queries(layer.encoder_attn, layer.encoder_attn_layer_norm(x))
+                queries.append(q * attn.scale)
+                x = x + attn.output(F.scaled_dot_product_attention(q, cross[2 * i], cross[2 * i + 1]))
                 x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
                 present += [k, v]
-            return (self.decoder.embed_tokens(self.decoder.layer_norm(x)), *present)
+            logits = self.decoder.embed_tokens(self.decoder.layer_norm(x))
+            return (logits, self.decoder.choose_heads(queries, heads), *present)
 
     return Step().eval()
 

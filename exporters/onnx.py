@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from asr_core.checkpoint import Checkpoint, Dims, Weights
+    from asr_core.checkpoint import Checkpoint
+    from asr_core.dims import Dims
+    from asr_core.weights import Weights
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -32,6 +34,9 @@ CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 HEAD = "decoder.embed_tokens.weight"  # the embedding, which is the tied head too
 # Weights that share a scale in MatMulNBits. Large blocks are the fastest, and per-row scales are already accurate at 8 bits.
 BLOCKS = (128, 64, 32, 16)
+# Float32 for the caller in every precision, by the names of all layouts.
+FLOAT_INPUTS = {"mel", "input_features", "encoder_hidden_states"}
+FLOAT_OUTPUTS = {"encoder_states", "last_hidden_state"}
 ROWS = 4096  # rows that are quantised at once: bounds the temporaries
 LARGEST_Q8 = 127  # of signed 8-bit weights
 ZERO_POINT = 128  # of MatMulNBits' unsigned 8-bit weights
@@ -44,14 +49,28 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
     specs: list[TensorSpec] = []
     for name, describe in (("encoder", _encoder), ("decoder", _decoder)):
         progress(f"{name} graph")
-        with _quiet():
-            model = _trace(describe, checkpoint.dims, precision)
-            _Rewriter(model.graph, checkpoint.weights, precision).run(name)
-            _clean(model)
-            progress(f"{name} weights")
-            _save(model, folder / f"{name}.onnx")
-        specs += _specs(name, model)
+        model = draft(describe, checkpoint, precision, name)
+        progress(f"{name} weights")
+        specs += ship(model, name, folder / f"{name}.onnx")
     return specs
+
+
+def draft(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, precision: str, kind: str) -> ir.Model:
+    """A graph in its shipped form whose weights have not been read; ``kind`` is what it is like, ``encoder`` or ``decoder``."""
+    with _quiet():
+        model = _trace(describe, checkpoint, precision)
+        _Rewriter(model.graph, checkpoint.weights, precision).run(kind)
+    return model
+
+
+def ship(model: ir.Model, name: str, path: Path, data_suffix: str = ".data") -> list[TensorSpec]:
+    """Tidy a draft and write it, its weights streamed into a file beside it; returns its inputs and outputs."""
+    import onnx_ir as ir
+
+    with _quiet():
+        _clean(model)
+        ir.save(model, path, external_data=path.name + data_suffix)
+    return _specs(name, model)
 
 
 # --- tracing without weights
@@ -68,11 +87,12 @@ class Traceable:
     outputs: dict[str, Shape]
 
 
-def _encoder(dims: Dims) -> Traceable:
+def _encoder(checkpoint: Checkpoint) -> Traceable:
     import torch
 
     from asr_core import graph
 
+    dims = checkpoint.dims
     return Traceable(
         module=graph.EncodeWithCross(graph.Encoder(dims), graph.Decoder(dims)),
         arguments=(torch.zeros(2, dims.n_mels, 2 * dims.n_audio_ctx),),
@@ -82,18 +102,19 @@ def _encoder(dims: Dims) -> Traceable:
     )
 
 
-def _decoder(dims: Dims) -> Traceable:
+def _decoder(checkpoint: Checkpoint) -> Traceable:
     import torch
 
     from asr_core import graph
 
+    dims, alignment_heads = checkpoint.dims, checkpoint.alignment_heads
     # Bounds that only keep 0 and 1 from being specialised; the examples differ from each other and from both.
     batch, new = (torch.export.Dim(name, min=1) for name in ("batch", "new"))
     past = torch.export.Dim("past", min=0, max=dims.n_text_ctx - 1)
     tensors = 2 * dims.decoder_layers
     heads, width = dims.decoder_heads, dims.head_dim
     return Traceable(
-        module=graph.DynamicStep(graph.Decoder(dims)),
+        module=graph.DynamicStep(graph.Decoder(dims), alignment_heads),
         arguments=(
             torch.zeros(2, 3, dtype=torch.int64),
             [torch.zeros(5, 2, heads, width) for _ in range(tensors)],
@@ -101,7 +122,11 @@ def _decoder(dims: Dims) -> Traceable:
         ),
         axes=({0: batch, 1: new}, [{0: past, 1: batch}] * tensors, [{0: batch}] * tensors),
         inputs={"tokens": ("batch", "new"), **_keys_values("past", dims), **_keys_values("cross", dims)},
-        outputs={"logits": ("batch", "new", dims.vocab), **_keys_values("new", dims)},
+        outputs={
+            "logits": ("batch", "new", dims.vocab),
+            graph.ALIGNMENT_QUERIES: ("batch", len(alignment_heads), "new", width),
+            **_keys_values("new", dims),
+        },
     )
 
 
@@ -112,7 +137,7 @@ def _keys_values(what: str, dims: Dims) -> dict[str, Shape]:
     return {f"{what}_{kind}_{layer}": shape for layer in range(dims.decoder_layers) for kind in "kv"}
 
 
-def _trace(describe: Callable[[Dims], Traceable], dims: Dims, precision: str) -> ir.Model:
+def _trace(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, precision: str) -> ir.Model:
     """The ONNX model of a module whose parameters have shapes and types but no memory."""
     import onnx_ir as ir
     import torch
@@ -122,7 +147,7 @@ def _trace(describe: Callable[[Dims], Traceable], dims: Dims, precision: str) ->
     torch.set_default_dtype(torch.float16 if precision == "fp16" else torch.float32)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            traceable = describe(dims)
+            traceable = describe(checkpoint)
             program = torch.export.export(
                 traceable.module.eval(), traceable.arguments, dynamic_shapes=traceable.axes, strict=False
             )
@@ -323,14 +348,14 @@ class _Rewriter:
         import onnx_ir as ir
 
         for value in self.graph.inputs:
-            if value.name == "mel":
+            if value.name in FLOAT_INPUTS:
                 readers = list(value.consumers())
                 narrow = self._insert(self.graph[0], "Cast", [value], to=ir.DataType.FLOAT16)
                 for reader in readers:
                     reader.replace_input_with(0, narrow)
                 value.dtype = ir.DataType.FLOAT
         for index, value in enumerate(self.graph.outputs):
-            if value.name == "encoder_states":
+            if value.name in FLOAT_OUTPUTS:
                 widen = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
                 self.graph.append(widen)
                 states = widen.outputs[0]
@@ -387,17 +412,11 @@ def _clean(model: ir.Model) -> None:
         passes.ClearMetadataAndDocStringPass(),
     ):
         tidy(model)
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         for output in node.outputs:
             if not output.is_graph_output():
                 output.shape = output.type = None
     model.opset_imports[CONTRIB] = 1
-
-
-def _save(model: ir.Model, path: Path) -> None:
-    import onnx_ir as ir
-
-    ir.save(model, path, external_data=f"{path.name}.data")
 
 
 def _specs(graph: str, model: ir.Model) -> list[TensorSpec]:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from asr_core.artifact import TensorSpec
-from asr_core.checkpoint import Checkpoint, Dims
+from asr_core.checkpoint import Checkpoint
+from asr_core.dims import Dims
 from asr_core.errors import ExportError
 from asr_core.isolate import Progress
 
@@ -39,6 +40,7 @@ AXES = {
     "input_ids": ("batch", "tokens"),
     "encoder_hidden_states": ("batch", "positions"),
     "logits": ("batch", "tokens"),
+    "alignment_queries": ("batch", "heads", "tokens"),
 }
 
 
@@ -106,7 +108,8 @@ def _encoder(checkpoint: Checkpoint) -> Any:
 def _decoder(checkpoint: Checkpoint) -> Any:
     """The stateful decoder.
 
-    ``input_ids`` i64 [?, ?], ``encoder_hidden_states`` f32 [?, ?, D], ``beam_idx`` i32 [?] → ``logits`` [?, ?, vocab].
+    ``input_ids`` i64 [?, ?], ``encoder_hidden_states`` f32 [?, ?, D], ``beam_idx`` i32 [?] → ``logits`` [?, ?, vocab] and
+    ``alignment_queries`` [?, heads, ?, E].
     """
     import torch
 
@@ -115,7 +118,7 @@ def _decoder(checkpoint: Checkpoint) -> Any:
     dims = checkpoint.dims
     with torch.device("meta"):
         decoder = graph.Decoder(dims)
-    step = _stateless_step(_load(decoder, DECODER_PREFIX, checkpoint))
+    step = _stateless_step(_load(decoder, DECODER_PREFIX, checkpoint), checkpoint.alignment_heads)
     count, window = 2 * dims.decoder_layers, (dims.n_audio_ctx, dims.head_dim)
     example = (
         torch.zeros(TRACED_BATCH, TRACED_TOKENS, dtype=torch.int64),
@@ -134,7 +137,8 @@ def _decoder(checkpoint: Checkpoint) -> Any:
     dynamic = ({0: size, 1: size}, {0: size, 1: size}, {0: size}, [{0: size, 2: size}] * count, cross)
     model = _stateful(_convert(step, example, dynamic), dims)
     _name(model.inputs, ["input_ids", "encoder_hidden_states", "beam_idx"])
-    _name(model.outputs, ["logits"])
+    _name(model.outputs, ["logits", graph.ALIGNMENT_QUERIES])
+    _name_attention(model)
     return model
 
 
@@ -155,7 +159,7 @@ def _flat(items: Iterable[Any]) -> list[Any]:
     return [leaf for item in items for leaf in (item if isinstance(item, list) else [item])]
 
 
-def _stateless_step(decoder: Any) -> Any:
+def _stateless_step(decoder: Any, alignment_heads: list[tuple[int, int]]) -> Any:
     """The decoder step with every state as an input and an output, ready for :func:`_stateful`."""
     import torch
     from torch import Tensor, nn
@@ -181,18 +185,21 @@ def _stateless_step(decoder: Any) -> Any:
             mask = (torch.arange(p + t)[None, :] > positions[:, None]) * graph.MASKED
             x = decoder.embed(tokens, positions)
             grown: list[Tensor] = []
+            queries: list[Tensor] = []
             for i, layer in enumerate(decoder.layers):
                 attn, h = layer.self_attn, layer.self_attn_layer_norm(x)
                 pairs = zip(past[2 * i : 2 * i + 2], attn.keys_values(h), strict=True)
                 k, v = (torch.cat([old.index_select(0, beam_idx), new], 2) for old, new in pairs)
                 x = x + attn.output(attend(attn.query(h), k, v, mask))
-                attn, h = layer.encoder_attn, layer.encoder_attn_layer_norm(x)
-                x = x + attn.output(attend(attn.query(h), cross[2 * i].mT, cross[2 * i + 1]))
+                attn = layer.encoder_attn
+                q = attn.query(layer.encoder_attn_layer_norm(x))
+                queries.append(q)
+                x = x + attn.output(attend(q, cross[2 * i].mT, cross[2 * i + 1]))
                 x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
                 grown += [k, v]
             projected = decoder.cross_keys_values(encoded)
             projected[::2] = [keys.mT for keys in projected[::2]]
-            return (decoder.logits(x), *grown, *projected)
+            return (decoder.logits(x), decoder.choose_heads(queries, alignment_heads), *grown, *projected)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention as the one operator that the runtime fuses with its cache.
@@ -210,7 +217,7 @@ def _stateful(model: Any, dims: Dims) -> Any:
     from openvino import opset13 as op
 
     inputs = [port.get_node() for port in model.inputs]
-    updates = [port.get_node().input_value(0).get_node() for port in model.outputs[1:]]
+    updates = [port.get_node().input_value(0).get_node() for port in model.outputs[2:]]
     count = 2 * dims.decoder_layers
     names = [f"{kind}.{i // 2}.{'kv'[i % 2]}" for kind in ("self", "cross") for i in range(count)]
     initials = [_no_rows(inputs[0], dims)] * count + updates[count:]
@@ -220,7 +227,14 @@ def _stateful(model: Any, dims: Dims) -> Any:
         for target in parameter.output(0).get_target_inputs():
             target.replace_source_output(read.output(0))
         sinks.append(op.assign(read if initial is update else update, name))
-    return ov.Model([model.outputs[0].get_node()], sinks, inputs[:3], "decoder")
+    return ov.Model([port.get_node() for port in model.outputs[:2]], sinks, inputs[:3], "decoder")
+
+
+def _name_attention(model: Any) -> None:
+    """Call the attention operators as Optimum does: openvino_genai finds those of its own word timestamps by these names."""
+    found = [node for node in model.get_ordered_ops() if node.get_type_name() == "ScaledDotProductAttention"]
+    for i, node in enumerate(found):  # each layer's own, then its cross-attention
+        node.set_friendly_name(f"model.decoder.layers.{i // 2}.{('self_attn', 'encoder_attn')[i % 2]}/{node.get_type_name()}")
 
 
 def _no_rows(tokens: Any, dims: Dims) -> Any:

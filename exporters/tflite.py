@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from asr_core.artifact import TensorSpec
-from asr_core.checkpoint import Checkpoint, Dims, expected_shapes
+from asr_core.checkpoint import Checkpoint
+from asr_core.dims import Dims, expected_shapes
 from asr_core.errors import ExportError
 from asr_core.isolate import Progress
 
@@ -99,7 +100,8 @@ def _convert(checkpoint: Checkpoint, file: Path) -> None:
         encoder, decoder = graph.Encoder(dims), graph.Decoder(dims)
     _load(encoder, "model.encoder.", checkpoint)
     _load(decoder, "model.decoder.", checkpoint)
-    modules = {name: _step(decoder, count) for name, count in STEPS.items()} | {"encode": _encode(encoder, decoder)}
+    modules = {name: _step(decoder, count, checkpoint.alignment_heads) for name, count in STEPS.items()}
+    modules["encode"] = _encode(encoder, decoder)
     converter: Any = litert_torch  # the first signature makes a converter, which then takes the others
     for name, inputs in _inputs(dims).items():
         converter = converter.signature(name, modules[name], sample_kwargs=inputs)
@@ -159,8 +161,10 @@ def _encode(encoder: graph.Encoder, decoder: graph.Decoder) -> nn.Module:
     return Encode().eval()
 
 
-def _step(decoder: graph.Decoder, count: int) -> nn.Module:
+def _step(decoder: graph.Decoder, count: int, alignment_heads: list[tuple[int, int]]) -> nn.Module:
     """Tokens int32 [1, T], position int32 [1], past and cross K/V → logits [1, T, vocab] and the new rows of the cache.
+
+    And the queries of the alignment heads, [1, heads, T, E].
 
     Keys lie as [1, H, E, rows], as the product with the queries wants them: otherwise the runtime would transpose all 1500
     keys of every layer at every step.
@@ -168,7 +172,7 @@ def _step(decoder: graph.Decoder, count: int) -> nn.Module:
     import torch
     from torch import nn
 
-    from asr_core.graph import MASKED
+    from asr_core.graph import ALIGNMENT_QUERIES, MASKED
 
     rows = decoder.dims.n_text_ctx
 
@@ -183,6 +187,7 @@ def _step(decoder: graph.Decoder, count: int) -> nn.Module:
             x = self.decoder.embed(tokens, positions(position))
             unwritten = (torch.arange(rows, dtype=torch.int32) >= position).float() * MASKED
             outputs: Tensors = {}
+            queries: list[Tensor] = []
             for i, layer in enumerate(self.decoder.blocks):
                 attn, h = layer.self_attn, layer.self_attn_layer_norm(x)
                 k, v = attn.keys_values(h)
@@ -191,9 +196,14 @@ def _step(decoder: graph.Decoder, count: int) -> nn.Module:
                 scores = torch.cat([q @ cache[f"past_k_{i}"] + unwritten, among_new(q, k)], -1)
                 weights = scores.softmax(-1)
                 x = x + attn.output(weights[..., :rows] @ cache[f"past_v_{i}"] + weights[..., rows:] @ v)
-                x = layer.cross_and_ffn(x, cache[f"cross_k_{i}"].transpose(2, 3), cache[f"cross_v_{i}"])
+                x, q = layer.cross_and_ffn(x, cache[f"cross_k_{i}"].transpose(2, 3), cache[f"cross_v_{i}"])
+                queries.append(q)
                 outputs |= {f"new_k_{i}": k, f"new_v_{i}": v}
-            return {"logits": self.decoder.logits(x), **outputs}
+            return {
+                "logits": self.decoder.logits(x),
+                ALIGNMENT_QUERIES: self.decoder.choose_heads(queries, alignment_heads),
+                **outputs,
+            }
 
     def positions(first: Tensor) -> Tensor:
         """Of every new token; those that only pad a prefill may lie beyond the last."""

@@ -152,6 +152,7 @@ def measure_noise(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     mels = np.load(Path(work) / data.MELS, mmap_mode="r")
     decoded = measure.read_decoded(Path(reference))
+    utterances = data.prepared(Path(work))
     expected = {index: _kept(Path(reference), index) for index in probes}
     noise = []
     for variant in variants(threads):
@@ -161,7 +162,8 @@ def measure_noise(
             runner = cast("Any", registry.load("runners", measure.REFERENCE)).open(
                 Path(path), variant.threads or threads, **dict(variant.options)
             )
-            answers = _hear(runner, mels, [decoded[index]["tokens"] for index in probes], probes, variant.batch)
+            asked = [(runner.tokens.prompt(utterances[index].language), decoded[index]["tokens"]) for index in probes]
+            answers = _hear(runner, mels, asked, probes, variant.batch)
             figures = weights.figures([weights.probe(expected[index], answer) for index, answer in answers])
             failure = "" if all(np.isfinite(figures[name]) for name in FIGURES) else "this checkpoint overflows in it"
         except (RuntimeError, NotImplementedError) as error:  # torch's own way to say that a type has no kernel here
@@ -187,24 +189,25 @@ def variants(threads: int) -> list[Variant]:
 
 
 def _hear(
-    runner: StepRunner, mels: NDArray[np.float32], tokens: list[list[int]], probes: list[int], batch: int
+    runner: StepRunner, mels: NDArray[np.float32], asked: list[tuple[list[int], list[int]]], probes: list[int], batch: int
 ) -> Iterator[tuple[int, dict[str, NDArray[np.float32]]]]:
-    """Encoder states and logits of the probes under the reference's tokens, ``batch`` at a time.
+    """Encoder states and logits of the probes under their prompts and the reference's tokens, ``batch`` at a time.
 
     The last batch is filled up with the first probes: rows of a short one would be computed as a smaller batch is.
     """
-    prompt = runner.tokens.prompt()
+    prompt = len(asked[0][0])  # as long in every language
     rows = list(range(len(probes)))
     for start in range(0, len(rows), batch):
         chosen = list(islice(cycle(rows), start, start + batch))
-        longest = max(len(tokens[row]) for row in chosen)
+        longest = max(len(asked[row][1]) for row in chosen)
         # What follows a sequence's end can't change what came before it.
-        forced = [prompt + tokens[row] + [runner.tokens.end] * (longest - len(tokens[row])) for row in chosen]
+        sequences = [asked[row] for row in chosen]
+        forced = [before + tokens + [runner.tokens.end] * (longest - len(tokens)) for before, tokens in sequences]
         state = runner.encode(np.array(mels[[probes[row] for row in chosen]]))
-        logits = _forced(runner, state, np.array(forced, np.int64), len(prompt))
+        logits = _forced(runner, state, np.array(forced, np.int64), prompt)
         states = state.encoded.float().numpy()  # PyTorch's state holds them: no need to encode twice
         for place, row in enumerate(chosen[: len(rows) - start]):
-            kept = logits[place, len(prompt) - 1 : len(prompt) + len(tokens[row])]
+            kept = logits[place, prompt - 1 : prompt + len(asked[row][1])]
             yield probes[row], {"encoder": states[place], "logits": kept}
 
 

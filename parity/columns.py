@@ -1,6 +1,7 @@
 """The report's columns: one specification for the terminal, the page and Markdown, over rows as the JSON document holds them.
 
-Three groups that no table mixes: the weights axis (PyTorch's own tokens forced), the policy axis (free running) and cost.
+Groups that no table mixes: the weights axis (PyTorch's own tokens forced), the policy axis (free running), the other modes of
+transcription, and cost.
 """
 
 from __future__ import annotations
@@ -157,6 +158,18 @@ GROUPS = (
             Column("loop_rate", "loops", "%", ".1f", "Share of utterances that repeat themselves.", 100),
             Column("insertion_rate", "insertions", "%", ".2f", "Words heard that nobody said, a spoken word.", 100),
             Column("first_divergence", "first difference", "", "", "The earliest token that differs.", show=_divergence),
+        ),
+    ),
+    Group(
+        "modes",
+        "Other modes",
+        "A few utterances with timestamps, a beam, a prompt, language detection, timed words; a recording of several windows.",
+        (
+            Column("boundary_p95_s", "segment bounds", "ms", ".0f", "95th percentile of their distance from PyTorch's.", 1000),
+            Column("boundary_error_s", "bounds' error", "ms", ".0f", "Their mean distance from the true ones.", 1000),
+            Column("word_p95_s", "word bounds", "ms", ".0f", "95th percentile of their distance from PyTorch's.", 1000),
+            Column("words_in_place", "words in place", "%", ".1f", "Word boundaries within 20 ms of PyTorch's.", 100),
+            Column("language_match", "language", "%", ".0f", "Windows whose likeliest language is PyTorch's.", 100),
         ),
     ),
     Group(

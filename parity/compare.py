@@ -19,14 +19,14 @@ from parity.statistics import Edits, Interval, Verdict
 from parity.suite import first_difference
 from parity.weights import Probe
 
-Normalise = Callable[[str], str]
+Normalise = Callable[[str, str], str]  # of a text, in a language
 Bounds = Mapping[str, Mapping[str, Any]]
 # What means nothing where something else than the runtime does its work.
 TIMINGS = (
     "rtfx", "latency_p50_s", "latency_p95_s", "ttft_s", "tokens_per_s", "load_s", "peak_rss_mb", "speedup",
 )  # fmt: skip
 # Every figure belongs to one axis, and no line of a report mixes two. Weights: teacher-forced on PyTorch's own tokens, over
-# the probes. Policy: free-running under the stated decode policy, over the whole set.
+# the probes. Policy: free-running under the stated decode policy, over the whole set. Modes: parity/modes.py, over a few.
 AXES = {
     "weights": (
         "encoder_max_abs", "encoder_rel_l2", "encoder_snr_db", "logits_max_abs", "logits_kl_mean", "logits_kl_max",
@@ -37,6 +37,7 @@ AXES = {
         "delta_cer", "delta_cer_interval", "utterances_needed", "no_worse_share", "empty_rate", "loop_rate",
         "insertion_rate", "suite", "texts_equal",
     ),
+    "modes": ("boundary_p95_s", "boundary_error_s", "word_p95_s", "words_in_place", "language_match"),
     "cost": (*TIMINGS, "size_mb"),
 }  # fmt: skip
 NEAR_TIE, BREAK = "near-tie", "break"
@@ -54,7 +55,8 @@ class Row:
     differing utterance's first difference: the utterance, the position, PyTorch's top-2 logit margin there, and whether it
     is a ``near-tie`` or a ``break``; ``first_divergence`` is the earliest of them. ``utterances_needed`` says how
     large a set like this one would have to be, where it is too small. ``suite`` says what went wrong in which failure class
-    (:mod:`parity.suite`), ``texts_equal`` for a production client's row the share of clips that our own runner hears the same.
+    (:mod:`parity.suite`, :mod:`parity.modes`), ``texts_equal`` for a production client's row the share of clips that our own
+    runner hears the same. The last five are those of :class:`parity.modes.Figures`.
     """
 
     target: str
@@ -97,6 +99,11 @@ class Row:
     speedup: float | None = None
     suite: dict[str, str] | None = None
     texts_equal: float | None = None
+    boundary_p95_s: float | None = None
+    boundary_error_s: float | None = None
+    word_p95_s: float | None = None
+    words_in_place: float | None = None
+    language_match: float | None = None
 
 
 def thresholds(gates: str, precision: str) -> Bounds:
@@ -179,9 +186,10 @@ def costs(folder: Path, utterances: list[Utterance]) -> Costs:
     )
 
 
-def texts(folder: Path, normalise: Normalise) -> list[str]:
+def texts(folder: Path, utterances: list[Utterance], normalise: Normalise) -> list[str]:
     """The normalised transcripts of a measurement."""
-    return [normalise(row["text"]) for row in measure.read_decoded(folder)]
+    rows = zip(measure.read_decoded(folder), utterances, strict=True)
+    return [normalise(row["text"], utterance.language) for row, utterance in rows]
 
 
 def compare(
@@ -252,8 +260,8 @@ class Heard:
 
 
 def _heard(reference: Path, candidate: Path, utterances: list[Utterance], normalise: Normalise) -> Heard:
-    spoken = [normalise(utterance.text) for utterance in utterances]
-    expected, heard = texts(reference, normalise), texts(candidate, normalise)
+    spoken = [normalise(utterance.text, utterance.language) for utterance in utterances]
+    expected, heard = (texts(folder, utterances, normalise) for folder in (reference, candidate))
     words = word_errors(spoken, expected), word_errors(spoken, heard)
     characters = character_errors(spoken, expected), character_errors(spoken, heard)
     deltas = statistics.delta_interval(*words), statistics.delta_interval(*characters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,18 @@ UTTERANCES = "utterances.json"
 
 @dataclass(frozen=True)
 class Utterance:
-    """One clip and what was said in it; ``duration`` in seconds."""
+    """One clip and what was said in it.
+
+    ``duration`` in seconds, ``language`` as Whisper's code; ``boundaries`` are its segments' true starts and ends in seconds,
+    where the manifest tells them (``segments``, each with ``start`` and ``end``).
+    """
 
     id: str
     path: Path
     text: str
     duration: float = 0.0
+    language: str = "en"
+    boundaries: tuple[float, ...] = ()
 
 
 def read(source: Path) -> list[Utterance]:
@@ -50,18 +56,24 @@ def prepare(utterances: list[Utterance], n_mels: int, folder: Path) -> list[Utte
     filters = audio.mel_filters(n_mels)
     shape = (len(utterances), n_mels, audio.WINDOW_FRAMES)
     mels = np.lib.format.open_memmap(folder / MELS, mode="w+", dtype=np.float32, shape=shape)
-    prepared = []
+    known = []
     for i, utterance in enumerate(utterances):
         samples = audio.load_audio(utterance.path)
         try:
             mels[i] = audio.log_mel(samples, filters)
         except AudioError as error:
             raise AudioError(f"{utterance.path}: {error}") from None
-        prepared.append(Utterance(utterance.id, utterance.path, utterance.text, len(samples) / audio.SAMPLE_RATE))
+        known.append(replace(utterance, duration=len(samples) / audio.SAMPLE_RATE))
     mels.flush()
-    rows = [asdict(utterance) | {"path": str(utterance.path)} for utterance in prepared]
+    rows = [asdict(utterance) | {"path": str(utterance.path)} for utterance in known]
     (folder / UTTERANCES).write_text(json.dumps(rows), encoding="utf-8")
-    return prepared
+    return known
+
+
+def prepared(folder: Path) -> list[Utterance]:
+    """The utterances that :func:`prepare` wrote below a folder."""
+    rows = json.loads((folder / UTTERANCES).read_text(encoding="utf-8"))
+    return [Utterance(**row | {"path": Path(row["path"]), "boundaries": tuple(row["boundaries"])}) for row in rows]
 
 
 def _nemo(manifest: Path) -> Iterator[Utterance]:
@@ -71,7 +83,8 @@ def _nemo(manifest: Path) -> Iterator[Utterance]:
         try:
             entry = json.loads(line)
             path = manifest.parent / entry["audio_filepath"]
-            yield Utterance(path.stem, path, entry["text"])
+            times = tuple(float(segment[end]) for segment in entry.get("segments", []) for end in ("start", "end"))
+            yield Utterance(path.stem, path, entry["text"], language=entry.get("lang", "en"), boundaries=times)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UsageError(f"{manifest}, line {number}: not a NeMo manifest entry ({error}).") from error
 

@@ -25,7 +25,7 @@ def read(work: Path, rows: Sequence[Row], utterances: list[Utterance], normalise
     folders = {columns.name(asdict(row)): folder(work, row) for row in rows if row.token_match is not None}
     timed = {columns.name(asdict(row)) for row in rows if row.latency_p50_s is not None}
     decoded = {name: measure.read_decoded(path) for name, path in folders.items()}
-    heard = {name: [normalise(line["text"]) for line in lines] for name, lines in decoded.items()}
+    heard = {name: compare.texts(path, utterances, normalise) for name, path in folders.items()}
     return {
         "utterances": [_utterance(i, utterance, decoded, heard, timed, normalise) for i, utterance in enumerate(utterances)],
         "disagreement": {
@@ -71,7 +71,7 @@ def _utterance(
     timed: set[str],
     normalise: Normalise,
 ) -> dict[str, Any]:
-    spoken = normalise(utterance.text)
+    spoken = normalise(utterance.text, utterance.language)
     reference = next(iter(decoded.values()))[index]["tokens"] if decoded else []
     return {
         "id": utterance.id,

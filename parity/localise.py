@@ -278,7 +278,7 @@ def _choice(artifact: Artifact, ids: TokenIds, made: Replay, prompt: int) -> tup
         logits = made.values[LOGITS]
         actual = [*made.tokens, ids.end][: len(made.fed) - prompt + 1]
         rows = zip(logits[-len(actual) :], actual, strict=True)
-        bad = sum(not _best(row, position, token, ids) for position, (row, token) in enumerate(rows))
+        bad = sum(not _best(row, actual[:position], token, ids) for position, (row, token) in enumerate(rows))
         shares.append(bad / len(actual))
         if bad:
             remarks.append(f"{bad} of {len(actual)} tokens are not those that the checkpoint's rules choose from these logits")
@@ -286,11 +286,11 @@ def _choice(artifact: Artifact, ids: TokenIds, made: Replay, prompt: int) -> tup
     return Stage(CHOICE, share, share, 0.0), remarks
 
 
-def _best(logits: Array, position: int, token: int, ids: TokenIds) -> bool:
+def _best(logits: Array, before: list[int], token: int, ids: TokenIds) -> bool:
     """Whether the reference's rules allow the token and prefer no other."""
     allowed = logits[None].copy()
     for logit_filter in filters_for(ids):
-        logit_filter.apply(allowed, position)
+        logit_filter.apply(allowed, [before])
     return bool(allowed[0, token] >= allowed.max() - TIE * np.abs(logits).max())
 
 

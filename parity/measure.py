@@ -19,7 +19,7 @@ from asr_core.artifact import Artifact
 from asr_core.audio import WINDOW_SECONDS
 from asr_core.decode import Decoded, DecodeOptions, Logits, Mel
 from asr_core.tokens import TokenIds, load_tokenizer, text_of
-from parity import data, suite
+from parity import data, modes, suite
 from parity.weights import top2_margin, weights_file
 from runners.base import Runner, StepRunner, open_runner
 
@@ -44,19 +44,21 @@ def measure(
     ``reference`` is the folder of PyTorch's own measurement, whose tokens force the probes; None when this is that one: then
     the top-2 margin of every step is kept too. The utterances' mels lie in ``work``. Writes ``decoded.jsonl`` and
     ``weights-<i>.npz`` below ``folder``; returns costs: load seconds, peak RSS in MB, size in MB, the kind of decoder, and
-    whether its time is that of the runtime; and, where ``level`` is given, what came out of the failure classes.
+    whether its time is that of the runtime; and, where ``level`` is given, what came out of the failure classes and of
+    :mod:`parity.modes`.
     """
     mels = np.load(Path(work) / data.MELS, mmap_mode="r")
-    options = DecodeOptions(max_new_tokens=max_new_tokens)
+    utterances = data.prepared(Path(work))
+    policies = [DecodeOptions(language=one.language, max_new_tokens=max_new_tokens) for one in utterances]
     source = Path(path)
     size_mb = _checkpoint_mb(source) if reference is None else Artifact.open(source).size_mb
     started = time.perf_counter()
     runner = open_runner(target, source, threads)
     load_s = time.perf_counter() - started
-    runner.generate(np.array(mels[:1]), options)  # warm-up: allocations and lazy compilation are not the speed
+    runner.generate(np.array(mels[:1]), policies[0])  # warm-up: allocations and lazy compilation are not the speed
     tokenizer = load_tokenizer(source)
     with (Path(folder) / DECODED).open("w", encoding="utf-8") as stream:
-        for i, mel in enumerate(mels):
+        for i, (mel, options) in enumerate(zip(mels, policies, strict=True)):
             if reference is None:
                 decoded, margins = with_margins(runner, np.array(mel[None]), options)
                 extra = {"margins": margins}
@@ -67,13 +69,16 @@ def measure(
     forced = read_decoded(Path(reference or folder))
     progress("probes")
     for i in probes:
-        _score(runner, np.array(mels[i : i + 1]), forced[i]["tokens"], weights_file(Path(folder), i))
+        prompt = runner.tokens.prompt(policies[i].language)
+        _score(runner, np.array(mels[i : i + 1]), prompt, forced[i]["tokens"], weights_file(Path(folder), i))
     costs = _costs(runner, load_s, size_mb)
     if level:
         progress("failure classes")
         # One thread where there were several, two where there was one.
         reopened = partial(open_runner, target, source, 2 if threads == 1 else 1)
         costs["suite"] = suite.run(runner, Path(work), level, reopened, margins=reference is None)
+        progress("timestamps, beams, words, long form")
+        costs["modes"] = modes.run(runner, source, Path(work), probes, [forced[i]["tokens"] for i in probes], level)
     runner.close()
     return costs
 
@@ -94,15 +99,16 @@ def read_decoded(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / DECODED).read_text(encoding="utf-8").splitlines()]
 
 
-def policy(tokens: TokenIds, options: DecodeOptions) -> dict[str, Any]:
+def policy(tokens: TokenIds, languages: list[str], max_new_tokens: int | None) -> dict[str, Any]:
     """The decode policy that every free-running figure was measured under, as JSON-able data."""
+    options = DecodeOptions(max_new_tokens=max_new_tokens)
     return {
         "search": "greedy",
         "temperature_fallback": False,
-        "language": options.language,
+        "languages": languages,
         "task": options.task,
         "timestamps": False,
-        "prompt": tokens.prompt(options.language, options.task),
+        "prompts": [tokens.prompt(language, options.task) for language in languages],
         "suppress_tokens": tokens.suppress,
         "begin_suppress_tokens": tokens.begin_suppress,
         "max_new_tokens": options.max_new_tokens or tokens.max_new_tokens,
@@ -117,6 +123,8 @@ class _Watched:
     def __init__(self, runner: StepRunner) -> None:
         self.runner = runner
         self.tokens = runner.tokens
+        self.dims = runner.dims
+        self.text = runner.text
         self.seen: list[Logits] = []
 
     def encode(self, mel: Mel) -> Any:
@@ -133,6 +141,10 @@ class _Watched:
         """As the runner's."""
         return self.runner.reorder(state, rows)
 
+    def restart(self, state: Any, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
+        """As the runner's."""
+        return self.runner.restart(state, rows)
+
 
 def with_margins(runner: Runner, mel: Mel, options: DecodeOptions) -> tuple[Decoded, list[float]]:
     """Decode one window with PyTorch, whose steps return memory of their own, and tell the top-2 logit margin of every step.
@@ -142,16 +154,15 @@ def with_margins(runner: Runner, mel: Mel, options: DecodeOptions) -> tuple[Deco
     if not isinstance(runner, StepRunner):
         raise TypeError("the reference runner steps")
     watched = _Watched(runner)
-    decoded = decode.greedy(watched, mel, options)[0]
-    filters = decode.filters_for(runner.tokens)
+    decoded = decode.generate(watched, mel, options)[0]
+    filters = decode.filters_for(runner.tokens, options)
     for produced, logits in enumerate(watched.seen):
         for logit_filter in filters:
-            logit_filter.apply(logits, produced)
+            logit_filter.apply(logits, [decoded.tokens[:produced]])
     return decoded, [float(top2_margin(logits[0])) for logits in watched.seen]
 
 
-def _score(runner: Runner, mel: np.ndarray[Any, np.dtype[np.float32]], tokens: list[int], file: Path) -> None:
-    prompt = runner.tokens.prompt()
+def _score(runner: Runner, mel: Mel, prompt: list[int], tokens: list[int], file: Path) -> None:
     logits = runner.score(mel, [*prompt, *tokens])
     arrays = {"encoder": runner.encoder_states(mel)[0]}
     if logits is not None:

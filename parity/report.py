@@ -18,9 +18,7 @@ from rich.table import Table
 
 from asr_core import registry
 from asr_core.checkpoint import Checkpoint
-from asr_core.decode import DecodeOptions
 from asr_core.errors import GateError
-from asr_core.tokens import TokenIds
 from parity import columns, compare, measure
 from parity.compare import Row
 from parity.data import Utterance
@@ -50,7 +48,6 @@ def document(
         "checkpoint": {"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
         "host": host() | {"threads": threads},
         "versions": versions({row.target for row in rows}),
-        "policy": policy(checkpoint),
         "data": {"utterances": len(utterances), "audio_s": round(sum(u.duration for u in utterances), 3)},
         "thresholds": _thresholds(rows),
         "calibration": None,
@@ -92,23 +89,6 @@ def versions(targets: set[str]) -> dict[str, str]:
     return found
 
 
-def policy(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How every backend decodes on the policy axis."""
-    options = DecodeOptions()
-    ids = TokenIds.read(checkpoint.path, checkpoint.generation, checkpoint.dims.n_text_ctx)
-    return {
-        "search": "greedy",
-        "batch": 1,
-        "timestamps": False,
-        "language": options.language,
-        "task": options.task,
-        "prompt_tokens": ids.prompt(options.language, options.task),
-        "max_new_tokens": options.max_new_tokens or ids.max_new_tokens,
-        "suppressed_tokens": len(ids.suppress),
-        "suppressed_at_begin": len(ids.begin_suppress),
-    }
-
-
 def table(rows: list[Row]) -> Group:
     """The rows as one table an axis and one of costs; a dash means "not measured"."""
     plain = [asdict(row) for row in rows]
@@ -129,7 +109,7 @@ def _group_table(group: columns.Group, rows: list[dict[str, Any]]) -> Table:
     return out
 
 
-_TITLES = {"weights": "PyTorch's tokens forced", "policy": "free running", "cost": "batch 1"}
+_TITLES = {"weights": "PyTorch's tokens forced", "policy": "free running", "modes": "a few utterances", "cost": "batch 1"}
 
 
 def _thresholds(rows: list[Row]) -> dict[str, compare.Bounds]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ from asr_core import artifact, isolate, registry
 from asr_core.artifact import MANIFEST, Artifact
 from asr_core.build import FAILED, FAILED_REASON, PARTIAL, REPLACED
 from asr_core.checkpoint import Checkpoint
-from asr_core.decode import DecodeOptions
 from asr_core.errors import ArtifactError, GateError, UnavailableError
 from asr_core.isolate import Outcome
 from asr_core.tokens import TokenIds
-from parity import calibration, compare, data, measure, statistics, suite, weights, witness
+from parity import calibration, compare, data, measure, modes, statistics, suite, weights, witness
 from parity.calibration import Calibration
 from parity.compare import Normalise, Row
 from parity.resume import Kept
@@ -69,6 +68,7 @@ class Session:
         self.utterances = data.prepare(self.utterances, self.checkpoint.dims.n_mels, self.work)
         if self.gates == "parity":
             suite.prepare(self.utterances, self.checkpoint.dims.n_mels, self.work)
+            modes.prepare(self.utterances, self.work)
         outcome = self._measure(measure.REFERENCE, self.checkpoint.path, self.reference)
         if outcome.error is not None:
             raise outcome.error
@@ -87,7 +87,8 @@ class Session:
             )
             self.backends_s += self.calibration.own_s
         self.context = self._context()
-        return self._row(measure.REFERENCE, "fp32", self.reference, self.reference_costs)
+        row = self._row(measure.REFERENCE, "fp32", self.reference, self.reference_costs)
+        return self._through_modes(row, self.reference_costs["modes"]) if self.gates == "parity" else row
 
     def judge(self, path: Path) -> Row:
         """Measure one artifact folder and compare it; whatever happens to it becomes its row, never an exception."""
@@ -107,25 +108,39 @@ class Session:
             status = {"error": "unavailable" if isinstance(outcome.error, UnavailableError) else "crashed"}
             return Row(target, precision, status.get(outcome.status, outcome.status), outcome.reason)
         row = self._row(target, precision, folder, outcome.result)
-        return self._through_suite(row, outcome.result["suite"]) if self.gates == "parity" else row
+        if self.gates != "parity":
+            return row
+        return self._through_modes(self._through_suite(row, outcome.result["suite"]), outcome.result["modes"])
 
-    def testimony(self, row: Row, path: Path) -> Row | None:
-        """The row of the target's production client over a measured artifact; None where it has none, or nobody asked."""
-        if self.level != "full" or row.token_match is None or not witness.has_client(row.target):
-            return None
-        self.progress(f"{row.target}-{row.precision}", "client")
-        folder = self.work / f"{row.target}-{row.precision}"
-        return witness.testify(row.target, row.precision, path, folder, self.utterances, self._probes(), self.threads)
+    def testimony(self, row: Row, path: Path) -> list[Row]:
+        """The rows of the target's production clients over a measured artifact; none where it has none, or nobody asked."""
+        if self.level != "full" or row.token_match is None:
+            return []
+        folder, rows = self.work / f"{row.target}-{row.precision}", []
+        for client in witness.clients(row.target):
+            self.progress(f"{row.target}-{row.precision}", client)
+            rows.append(witness.testify(client, row.precision, path, folder, self.utterances, self._probes(), self.threads))
+        return rows
 
     def _through_suite(self, row: Row, results: suite.Results) -> Row:
         """The row with what the failure classes found; whatever they find fails it."""
-        bounds = self.bounds(row.precision)
-        exact = "breaks" in bounds  # only the float precisions owe PyTorch its very tokens
-        wrong = suite.judge(self.reference_costs["suite"], results, bounds["near_tie"]["max"] if exact else None)
-        if not wrong:
-            return replace(row, suite={})
-        named = "; ".join(f"{case}: {what}" for case, what in wrong.items())
-        return replace(row, suite=wrong, status="fail", reason="; ".join(filter(None, [row.reason, named])))
+        wrong = suite.judge(self.reference_costs["suite"], results, self._near_tie(row.precision))
+        return _with_cases(replace(row, suite={}), wrong)
+
+    def _through_modes(self, row: Row, results: modes.Results) -> Row:
+        """The row with the figures of the other modes of transcription; a wrong mode, or a figure out of bounds, fails it."""
+        truth = [self.utterances[i].boundaries for i in self._probes()[: modes.WINDOWS[self.level]]]
+        judged = modes.judge(self.reference_costs["modes"], results, truth, self._near_tie(row.precision))
+        figures = asdict(judged.figures)
+        row = _with_cases(replace(row, **figures), judged.wrong)
+        known = {name: value for name, value in figures.items() if value is not None}
+        missed = [] if row.target == measure.REFERENCE else compare.misses(known, self.bounds(row.precision))
+        return _failed(row, missed) if missed else row
+
+    def _near_tie(self, precision: str) -> float | None:
+        """The margin below which PyTorch is undecided; None for what doesn't owe PyTorch its very tokens."""
+        bounds = self.bounds(precision)
+        return bounds["near_tie"]["max"] if "breaks" in bounds else None
 
     def bounds(self, precision: str) -> compare.Bounds:
         """The gates of a precision: the typed ones, and those derived from the reference's noise where that was measured."""
@@ -134,9 +149,10 @@ class Session:
 
     def _context(self) -> dict[str, Any]:
         tokens = TokenIds.read(self.checkpoint.path, self.checkpoint.generation, self.checkpoint.dims.n_text_ctx)
+        languages = sorted({utterance.language for utterance in self.utterances})
         steps = (margin for row in measure.read_decoded(self.reference) for margin in row["margins"])
         return {
-            "policy": measure.policy(tokens, DecodeOptions(max_new_tokens=self.max_new_tokens)),
+            "policy": measure.policy(tokens, languages, self.max_new_tokens),
             "calibration": self.calibration.document(steps) if self.calibration else None,
             "statistics": statistics.describe(),
         }
@@ -193,6 +209,17 @@ class Session:
         )
 
 
+def _with_cases(row: Row, wrong: dict[str, str]) -> Row:
+    """The row with more cases of the suite; any of them fails it."""
+    if not wrong:
+        return row
+    return _failed(replace(row, suite=(row.suite or {}) | wrong), [f"{case}: {what}" for case, what in wrong.items()])
+
+
+def _failed(row: Row, reasons: list[str]) -> Row:
+    return replace(row, status="fail", reason="; ".join(filter(None, [row.reason, *reasons])))
+
+
 def discover(root: Path, checkpoint: str) -> list[Path]:
     """The artifact folders of a checkpoint at or below ``root``, quarantined ones included, sorted.
 
@@ -214,19 +241,18 @@ def discover(root: Path, checkpoint: str) -> list[Path]:
 
 
 def normaliser(checkpoint: Checkpoint) -> Normalise:
-    """Whisper's text normaliser: the English one with the checkpoint's spelling map, or a plain fold where it carries none."""
+    """Whisper's text normalisers: the English one with the checkpoint's spelling map, the plain fold for other languages.
+
+    Where the checkpoint carries no map, English is folded too.
+    """
     import json
 
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
     spelling = checkpoint.path / "normalizer.json"
-    if not spelling.exists():
-        return _stripped(BasicTextNormalizer())
-    return _stripped(EnglishTextNormalizer(json.loads(spelling.read_text(encoding="utf-8"))))
-
-
-def _stripped(normalise: Normalise) -> Normalise:
-    return lambda text: normalise(text).strip()
+    fold = BasicTextNormalizer()
+    english = EnglishTextNormalizer(json.loads(spelling.read_text(encoding="utf-8"))) if spelling.exists() else fold
+    return lambda text, language: str((english if language == "en" else fold)(text)).strip()
 
 
 def _name_of(path: Path) -> tuple[str, str]:

@@ -36,7 +36,8 @@ NOISE_LEVEL = 0.1
 def prepare(utterances: list[Utterance], n_mels: int, folder: Path) -> None:
     """Write the log-mels of all windows, float32 [n_mels, 3000] by name, to ``suite.npz`` in a folder."""
     speech = _speech(utterances)
-    wordy = sorted(utterances, key=lambda utterance: len(utterance.text))
+    english = [utterance for utterance in utterances if utterance.language == "en"]  # the prompt of these cases
+    wordy = sorted(english or utterances, key=lambda utterance: len(utterance.text))
     first = audio.load_audio(wordy[-1].path)
     noise = np.random.default_rng(0).standard_normal(audio.WINDOW_SAMPLES).astype(np.float32)
     tenth = audio.SAMPLE_RATE // 10
@@ -86,8 +87,8 @@ def run(runner: Runner, work: Path, level: Level, reopened: Callable[[], Runner]
     return results
 
 
-def _decode(runner: Runner, mels: Mel, **prompt: str) -> list[list[int]]:
-    options = DecodeOptions(max_new_tokens=MOST_TOKENS, **prompt)
+def _decode(runner: Runner, mels: Mel, language: str = "en", task: str = "transcribe") -> list[list[int]]:
+    options = DecodeOptions(language, task, max_new_tokens=MOST_TOKENS)
     return [decoded.tokens for decoded in runner.generate(mels, options)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,27 @@ from parity.data import Utterance
 CLIENTS = "parity.clients"
 
 
-def has_client(target: str) -> bool:
-    """Whether a target's ecosystem has a client that we know."""
-    return target in registry.names(CLIENTS)
+def clients(target: str) -> list[str]:
+    """The modules of the clients that we know for a target's artifacts."""
+    known = {name: registry.load(CLIENTS, name).TARGET for name in registry.names(CLIENTS)}
+    return [name for name, loads in known.items() if loads == target]
 
 
-def hear(target: str, path: str, files: list[str], threads: int) -> dict[str, Any]:
-    """The client's texts of some audio files; raises :class:`UnavailableError` where it isn't installed."""
-    client = registry.load(CLIENTS, target)
-    try:
-        metadata.version(client.CLIENT)
-    except metadata.PackageNotFoundError:
-        raise UnavailableError(f"the witness {client.CLIENT} is not installed: pip install {client.CLIENT}") from None
-    transcribe = client.open(Path(path), threads)
-    return {"texts": [transcribe(audio.load_audio(file)) for file in files]}
+def hear(client: str, path: str, files: list[str], languages: list[str], threads: int) -> dict[str, Any]:
+    """The client's texts of some audio files, told their languages; raises :class:`UnavailableError` where it isn't installed."""
+    transcribe = registry.load(CLIENTS, client).open(Path(path), threads)
+    spoken = zip(files, languages, strict=True)
+    return {"texts": [transcribe(audio.load_audio(file), language) for file, language in spoken]}
 
 
 def testify(
-    target: str, precision: str, path: Path, measured: Path, utterances: list[Utterance], probes: list[int], threads: int
+    client: str, precision: str, path: Path, measured: Path, utterances: list[Utterance], probes: list[int], threads: int
 ) -> Row:
     """The client's row: its texts against those of our own runner, whose measurement lies in ``measured``, letter by letter."""
-    name = registry.load(CLIENTS, target).CLIENT
-    arguments = {"target": target, "path": str(path), "files": [str(utterances[i].path) for i in probes], "threads": threads}
+    name = registry.load(CLIENTS, client).CLIENT
+    heard = [utterances[i] for i in probes]
+    files, languages = [str(one.path) for one in heard], [one.language for one in heard]
+    arguments = {"client": client, "path": str(path), "files": files, "languages": languages, "threads": threads}
     outcome = isolate.run("parity.witness:hear", arguments, threads=threads)
     if outcome.status != "ok":
         status = "unavailable" if isinstance(outcome.error, UnavailableError) else "crashed"

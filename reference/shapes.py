@@ -10,12 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-LANGUAGES = (
-    "en zh de es ru ko fr ja pt tr pl ca nl ar sv it id hi fi vi he uk el ms cs ro da hu ta no th ur hr bg lt la mi ml cy sk "
-    "te fa lv bn sr az sl kn et mk br eu is hy ne mn bs kk sq sw gl mr pa si km sn yo so af oc ka be tg sd gu am yi lo uz fo "
-    "ht ps tk nn mt sa lb my bo tl mg as tt haw ln ha ba jw su"
-).split()
-TIMESTAMPS = 1501  # 0.00 to 30.00 s
+from asr_core import languages
+from asr_core.vocabulary import TIMESTAMPS, special_tokens
 
 
 @dataclass(frozen=True)
@@ -37,9 +33,11 @@ SHAPES = {
     "small": Shape(768, 12, 12, 12),
     "large-v3": Shape(1280, 20, 32, 32, n_mels=128, languages=100),
     "turbo": Shape(1280, 20, 32, 4, n_mels=128, languages=100),
+    "distil-large-v3": Shape(1280, 20, 32, 2, n_mels=128, languages=100),
     # In miniature: the real shapes' proportions at a size that a test can afford.
     "mini": Shape(64, 1, 2, 2),
     "mini.en": Shape(64, 1, 2, 2, languages=0),
+    "mini-distil.en": Shape(64, 1, 4, 1, languages=0),
     "mini-turbo": Shape(128, 2, 32, 4, n_mels=128, languages=100),
     "mini-large-v3": Shape(128, 2, 4, 4, n_mels=128, languages=100),
 }
@@ -51,7 +49,7 @@ def write(shape: Shape, folder: Path, seed: int = 0) -> Path:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     folder.mkdir(parents=True, exist_ok=True)
-    specials = special_tokens(shape.languages)
+    specials = special_tokens(shape.languages or 99)
     ids = {token: _text_tokens(shape) + i for i, token in enumerate(specials)}
     _write_tokenizer(folder, shape, specials)
     start, end = ids["<|startoftranscript|>"], ids["<|endoftext|>"]
@@ -74,14 +72,6 @@ def write(shape: Shape, folder: Path, seed: int = 0) -> Path:
     WhisperForConditionalGeneration(config).save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps(_generation(shape, ids), indent=2), encoding="utf-8")
     return folder
-
-
-def special_tokens(languages: int) -> list[str]:
-    """Whisper's special tokens in Whisper's order, timestamps last; ids begin after the text tokens."""
-    names = [*LANGUAGES, "yue"][: languages or 99]
-    control = ["translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps"]
-    timestamps = [f"{0.02 * i:.2f}" for i in range(TIMESTAMPS)]
-    return [f"<|{name}|>" for name in ["endoftext", "startoftranscript", *names, *control, *timestamps]]
 
 
 def _text_tokens(shape: Shape) -> int:
@@ -107,7 +97,7 @@ def _generation(shape: Shape, ids: dict[str, int]) -> dict[str, object]:
         "suppress_tokens": [1, 2, 7, 8, 9, 10, 14, 25, *(ids[f"<|{name}|>"] for name in forbidden)],
     }
     if shape.languages:
-        names = [*LANGUAGES, "yue"][: shape.languages]
+        names = list(languages.NAMES)[: shape.languages]
         generation["lang_to_id"] = {f"<|{name}|>": ids[f"<|{name}|>"] for name in names}
         generation["task_to_id"] = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
     return generation

@@ -346,6 +346,21 @@ def _reduce_sum(x: Tensor, axes: list[int], keep_dims: bool = False) -> Tensor:
 
 
 @_operation
+def _reduce_mean(x: Tensor, axes: list[int], keep_dims: bool = False) -> Tensor:
+    return x.mean(axes, keep_dims)
+
+
+@_operation
+def _reduce_max(x: Tensor, axes: list[int], keep_dims: bool = False) -> Tensor:
+    return x.amax(axes, keep_dims)
+
+
+@_operation
+def _log(x: Tensor, epsilon: float = 1e-45) -> Tensor:
+    return (x + epsilon).log()
+
+
+@_operation
 def _cast(x: Tensor, dtype: str) -> Tensor:
     if dtype == "bool":
         return x != 0

@@ -17,9 +17,9 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from asr_core import decode
-from asr_core.checkpoint import Dims
+from asr_core import decode, registry
 from asr_core.decode import Logits, Mel
+from asr_core.dims import Dims
 from asr_core.errors import ArtifactError
 from runners.base import Runner, open_runner
 
@@ -160,7 +160,7 @@ class Stepped:
 
 def open_staged(target: str, path: Path, threads: int) -> Staged:
     """Open an artifact (or, for ``pytorch``, a checkpoint) so that it shows its stages, as far as its runtime can."""
-    module = f"runners._stages_{target}"
+    module = f"runners._stages_{target.replace(registry.LAYOUT, '_')}"
     if importlib.util.find_spec(module) is None:
         return Closed(open_runner(target, path, threads))
     return cast("Staged", importlib.import_module(module).open(path, threads))

@@ -33,8 +33,9 @@ class Request:
         given = [_port(node.output(0)) for node in nodes if node.get_type_name() in GIVEN]
         named = {node.get_friendly_name(): node for node in nodes}
         stream = residual_stream(ops, given, len(stages) - 1, file.name)
+        own = len(model.outputs)
         model.add_outputs([named[name].output(index) for name, index in stream])
-        self._stages = [*([STATES] if file.name == ENCODER else [""]), *stages]
+        self._stages = [*([STATES] if file.name == ENCODER else [""] * own), *stages]
         self._recorder = recorder
         self._request = request(model, threads)
 
@@ -45,9 +46,9 @@ class Request:
             if stage:
                 self._recorder.add(stage, self._request.get_output_tensor(index).data)
 
-    def get_output_tensor(self) -> Any:
-        """The model's own output."""
-        return self._request.get_output_tensor(0)
+    def get_output_tensor(self, index: int = 0) -> Any:
+        """One of the model's outputs: its own come first."""
+        return self._request.get_output_tensor(index)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._request, name)

@@ -15,7 +15,6 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from numpy.typing import NDArray
 
 from asr_core.artifact import Artifact
-from asr_core.decode import Logits
 from runners._stages import (
     ADD,
     CARRY,
@@ -94,15 +93,15 @@ class Runner(TFLiteRunner):
             self._recorder.add(STATES, outputs["encoder_states"])
         return outputs
 
-    def _prefill_row(self, tokens: NDArray[np.int64], row: Row) -> Logits:
-        logits = super()._prefill_row(tokens, row)
+    def _prefill_row(self, tokens: NDArray[np.int64], row: Row) -> Arrays:
+        outputs = super()._prefill_row(tokens, row)
         self._record(self._prefill, decoder_stream(self.dims), len(tokens))
-        return logits
+        return outputs
 
-    def _decode_row(self, token: int, row: Row) -> Logits:
-        logits = super()._decode_row(token, row)
+    def _decode_row(self, token: int, row: Row) -> Arrays:
+        outputs = super()._decode_row(token, row)
         self._record("decode", decoder_stream(self.dims), 1)
-        return logits
+        return outputs
 
     def _record(self, signature: str, stages: list[str], rows: int) -> None:
         """Keep the first rows of every stage: what pads a prefill comes after them."""

@@ -6,16 +6,25 @@ A runner is a module with ``open(path, threads) -> Runner``. It reads the artifa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from asr_core import decode, registry
-from asr_core.checkpoint import Dims
+from asr_core import align, decode, registry
+from asr_core.align import Alignment, AlignRequest, Scores
 from asr_core.decode import Decoded, DecodeOptions, Logits, Mel
-from asr_core.tokens import TokenIds
+from asr_core.dims import Dims
+from asr_core.errors import UsageError
+from asr_core.tokens import TokenIds, load_tokenizer, written_out
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Array = NDArray[np.float32]
 
 
 class Runner(Protocol):
@@ -37,14 +46,40 @@ class Runner(Protocol):
     def generate(self, mel: Mel, options: DecodeOptions) -> list[Decoded]:
         """Decode a batch of windows, float32 [B, n_mels, 3000]."""
 
+    def detect_language(self, mel: Mel) -> list[dict[str, float]]:
+        """The probability of every language by code, for each window of float32 [B, n_mels, 3000].
+
+        A model without language tokens is sure that it hears English.
+        """
+
     def score(self, mel: Mel, tokens: list[int]) -> Logits | None:
         """Teacher-forced logits float32 [T, vocab] of one window [1, n_mels, 3000]; None where the runtime has none to show."""
+
+    def align(self, mel: Mel, requests: Sequence[AlignRequest]) -> list[Alignment]:
+        """Find given tokens in their windows, float32 [B, n_mels, 3000].
+
+        Raises :class:`UsageError` where the artifact does not show its cross-attention.
+        """
 
     def close(self) -> None:
         """Free the model."""
 
 
-class StepRunner(ABC):
+class Written:
+    """A runner that can read the tokenizer of its folder, which it does when first asked for text."""
+
+    folder: Path
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.folder)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones written out and timestamps left out."""
+        return written_out(self._tokenizer, tokens)
+
+
+class StepRunner(Written, ABC):
     """A runner over a runtime that exposes single decode steps; subclasses implement :class:`asr_core.decode.Stepper`."""
 
     decoder = "step"
@@ -52,6 +87,8 @@ class StepRunner(ABC):
     timing_needs = ""
     dims: Dims
     tokens: TokenIds
+    # (decoder layer, head) in the order of the step's output; None where the artifact has no such output.
+    alignment_heads: list[tuple[int, int]] | None
 
     @abstractmethod
     def encode(self, mel: Mel) -> Any:
@@ -63,22 +100,77 @@ class StepRunner(ABC):
 
     @abstractmethod
     def reorder(self, state: Any, rows: NDArray[np.int64]) -> Any:
-        """The state of the given batch rows, in their order (rows may repeat or be left out)."""
+        """The state of the given batch rows, in their order (rows may repeat or be left out); ``state`` itself ends here."""
+
+    @abstractmethod
+    def restart(self, state: Any, rows: NDArray[np.int64]) -> Any:
+        """A state at position 0 over the given windows of ``state``, without encoding them again (rows may repeat).
+
+        ``state`` is one that :meth:`encode` gave, however far it and what followed from it have gone since.
+        """
 
     @abstractmethod
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """Float32 [B, n_mels, 3000] → encoder states float32 [B, 1500, D]."""
 
+    @abstractmethod
+    def step_with_queries(self, tokens: NDArray[np.int64], state: Any) -> tuple[Logits, Array]:
+        """A step that shows the alignment heads' scaled cross-attention queries, too, float32 [B, heads, T, E]."""
+
+    @abstractmethod
+    def cross_keys(self, state: Any, layer: int) -> Array:
+        """A decoder layer's cross-attention keys, float32 [B, H, F, E]."""
+
+    def cross_attention(self, tokens: NDArray[np.int64], state: Any) -> tuple[Scores, Logits]:
+        """A step of one window, int64 [1, T] → the alignment heads' raw attention [heads, T, F] and logits [T, vocab].
+
+        Raises :class:`UsageError` where the artifact does not show it.
+        """
+        if self.alignment_heads is None:
+            raise UsageError("this artifact has no word timestamps: its decoder does not show its attention. Export it again.")
+        logits, queries = self.step_with_queries(tokens, state)
+        keys = {layer: self.cross_keys(state, layer)[0] for layer in {layer for layer, _ in self.alignment_heads}}
+        pairs = zip(queries[0], self.alignment_heads, strict=True)
+        return np.stack([query @ keys[layer][head].T for query, (layer, head) in pairs]), logits[0]
+
+    def align(self, mel: Mel, requests: Sequence[AlignRequest]) -> list[Alignment]:
+        """Find given tokens in their windows, each with one forced pass over prompt, text and end."""
+        encoded = self.encode(mel)
+        return [self._align(self.restart(encoded, np.array([request.window])), request) for request in requests]
+
+    def _align(self, state: Any, request: AlignRequest) -> Alignment:
+        forced = np.array([align.forced_tokens(self.tokens, request)], np.int64)
+        scores, logits = self.cross_attention(forced, state)
+        return align.from_attention(scores, logits, self.tokens, request)
+
     def generate(self, mel: Mel, options: DecodeOptions) -> list[Decoded]:
         """Decode a batch of windows with the shared loop."""
-        return decode.greedy(self, mel, options)
+        return decode.generate(self, mel, options)
+
+    def detect_language(self, mel: Mel) -> list[dict[str, float]]:
+        """The probability of every language by code, for each window of float32 [B, n_mels, 3000]."""
+        return decode.detect_language(self, self.encode(mel), len(mel))
 
     def score(self, mel: Mel, tokens: list[int]) -> Logits:
         """Teacher-forced logits of one window, through the same steps as decoding."""
         return decode.teacher_forced(self, self.encode(mel), tokens)
 
-    def close(self) -> None:  # noqa: B027 - most runtimes free the model with their objects
+    def close(self) -> None:
         """Free the model."""
+
+
+class WithoutAttention(StepRunner):
+    """A step runner over a form that does not show its cross-attention as our word timestamps need it."""
+
+    alignment_heads = None
+
+    def step_with_queries(self, tokens: NDArray[np.int64], state: Any) -> tuple[Logits, Array]:
+        """Never called: :meth:`cross_attention` refuses."""
+        raise NotImplementedError
+
+    def cross_keys(self, state: Any, layer: int) -> Array:
+        """Never called: :meth:`cross_attention` refuses."""
+        raise NotImplementedError
 
 
 def open_runner(target: str, path: Path, threads: int) -> Runner:

@@ -95,13 +95,15 @@ class CoreMLRunner(StepRunner):
     timing_needs = f"macOS {STATELESS_MACOS}+"
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
+        self.folder = artifact.path
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
+        self.alignment_heads = artifact.manifest.alignment_heads
         inputs = [spec for spec in artifact.manifest.tensors if spec.graph == "decoder" and spec.role == "input"]
         self._past = [spec for spec in inputs if spec.name.startswith("past_")]
         self._cross = [spec.name for spec in inputs if spec.name.startswith("cross_")]
         states = [] if self._past else [name.replace("cross_", "past_", 1) for name in self._cross]
-        _check_system(stateful=bool(states))
+        check_system(stateful=bool(states))
         self._encoder = self._open(artifact.path / "encoder.mlpackage", [], threads)
         self._decoder = self._open(artifact.path / "decoder.mlpackage", states, threads)
 
@@ -114,39 +116,61 @@ class CoreMLRunner(StepRunner):
         logits = np.empty((*tokens.shape, self.dims.vocab), np.float32)
         for own, row, out in zip(tokens.astype(np.int32), state, logits, strict=True):
             for i, token in enumerate(own):
-                out[i] = self._feed(token, row)
+                out[i] = _float32(self._feed(token, row)["logits"]).reshape(-1)
         return logits
 
+    def step_with_queries(self, tokens: NDArray[np.int64], state: list[Row]) -> tuple[Logits, NDArray[np.float32]]:
+        """The same with one output more."""
+        fed = [[self._feed(token, row) for token in own] for own, row in zip(tokens.astype(np.int32), state, strict=True)]
+        logits, queries = (
+            np.stack([np.concatenate([_float32(made[name])[0] for made in row], axis) for row in fed])
+            for name, axis in (("logits", 0), ("alignment_queries", 1))
+        )
+        return logits, queries
+
+    def cross_keys(self, state: list[Row], layer: int) -> NDArray[np.float32]:
+        """As the encoder made them."""
+        return np.concatenate([_float32(row.cross[f"cross_k_{layer}"]) for row in state])
+
     def reorder(self, state: list[Row], rows: NDArray[np.int64]) -> list[Row]:
-        """Copy the caches; the cross-attention K/V are only read, so rows of one window share them."""
-        return [self._copy(state[row]) for row in rows]
+        """The chosen rows; one that is chosen again gets a copy of the cache, cross-attention K/V are shared."""
+        chosen: list[Row] = []
+        for row in (state[index] for index in rows):
+            chosen.append(self._copy(row) if any(row is other for other in chosen) else row)
+        return chosen
+
+    def restart(self, state: list[Row], rows: NDArray[np.int64]) -> list[Row]:
+        """The chosen windows, which share their cross-attention K/V; the caches start empty."""
+        return [self._empty(state[row].cross) for row in rows]
 
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
         return np.concatenate([_float32(self._encode(window[None])["encoder_states"]) for window in mel])
 
     def _open(self, package: Path, state_names: list[str], threads: int) -> Model:
-        return _model(package, state_names, threads)
+        return open_model(package, state_names, threads)
 
     def _encode(self, window: Mel) -> Mapping[str, Any]:
         return self._encoder.predict({"mel": np.ascontiguousarray(window)})
 
     def _begin(self, window: Mel) -> Row:
         encoded = self._encode(window)
+        return self._empty({name: self._decoder.adopt(name, encoded[name]) for name in self._cross})
+
+    def _empty(self, cross: dict[str, Any]) -> Row:
         empty = {spec.name: np.zeros(tuple(map(int, spec.shape)), spec.dtype) for spec in self._past}
         past = {name: self._decoder.adopt(name, rows) for name, rows in empty.items()}
-        cross = {name: self._decoder.adopt(name, encoded[name]) for name in self._cross}
         memory = None if past else self._decoder.make_state()
         return Row(0, cross, past, memory)
 
-    def _feed(self, token: np.int32, row: Row) -> NDArray[np.float32]:
-        """Logits [vocab] after one more token."""
+    def _feed(self, token: np.int32, row: Row) -> Mapping[str, Any]:
+        """The decoder's outputs after one more token."""
         here = {"token": np.array([[token]], np.int32), "position": np.array([row.position], np.int32)}
         made = self._decoder.predict({**here, **row.past, **row.cross}, row.memory)
         for name, cache in row.past.items():
             cache[:, :, row.position] = made[name.replace("past_", "new_", 1)][:, :, 0]
         row.position += 1
-        return _float32(made["logits"]).reshape(-1)
+        return made
 
     def _copy(self, row: Row) -> Row:
         memory = None if row.past else self._decoder.copy_state(row.memory)
@@ -157,7 +181,8 @@ def _float32(array: Any) -> NDArray[np.float32]:
     return np.asarray(array, np.float32)
 
 
-def _model(package: Path, state_names: list[str], threads: int) -> Model:
+def open_model(package: Path, state_names: list[str], threads: int) -> Model:
+    """A program on Core ML, or elsewhere in the interpreter."""
     if MACOS:
         return Native(package, state_names)
     import torch
@@ -168,7 +193,7 @@ def _model(package: Path, state_names: list[str], threads: int) -> Model:
     return _mil.Program(package)
 
 
-def _check_system(*, stateful: bool) -> None:
+def check_system(*, stateful: bool) -> None:
     """Raise :class:`UnavailableError` where neither Core ML nor the interpreter can run the artifact."""
     if not MACOS:
         registry.require("coreml", "pytorch")

@@ -41,8 +41,10 @@ class NcnnRunner(StepRunner):
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         manifest = artifact.manifest
+        self.folder = artifact.path
         self.dims = manifest.dims
         self.tokens = manifest.tokens
+        self.alignment_heads = manifest.alignment_heads
         self._encoder = self._open(artifact.path, "encoder", threads)
         self._decoder = self._open(artifact.path, "decoder", threads)
         self._embedding = _embedding(artifact.path / "decoder.bin", manifest)
@@ -53,35 +55,55 @@ class NcnnRunner(StepRunner):
 
     def encode(self, mel: Mel) -> list[Row]:
         """Run the encoder and keep the cross-attention K/V; the caches start empty."""
-        nothing = _mat(np.zeros((self.dims.decoder_heads, 1, self.dims.head_dim), np.float32))
-        past = dict.fromkeys(self._past, nothing)
+        past = self._nothing()
         return [Row(0, past, _run(self._encoder, {"mel": _mat(window)}, self._cross)) for window in mel]
 
     def step(self, tokens: NDArray[np.int64], state: list[Row]) -> Logits:
         """Run the decoder over every row's new tokens, all of them at once."""
-        return np.stack([self._step_row(new, row) for new, row in zip(tokens, state, strict=True)])
+        return np.stack([self._step_row(new, row, ["logits"])[0] for new, row in zip(tokens, state, strict=True)])
+
+    def step_with_queries(self, tokens: NDArray[np.int64], state: list[Row]) -> tuple[Logits, NDArray[np.float32]]:
+        """The same with one output more."""
+        made = [self._step_row(new, row, ["logits", "alignment_queries"]) for new, row in zip(tokens, state, strict=True)]
+        logits, queries = (np.stack(rows) for rows in zip(*made, strict=True))
+        return logits, queries
+
+    def cross_keys(self, state: list[Row], layer: int) -> NDArray[np.float32]:
+        """As the encoder made them."""
+        return np.stack([np.array(row.cross[f"cross_k_{layer}"]) for row in state])
 
     def reorder(self, state: list[Row], rows: NDArray[np.int64]) -> list[Row]:
         """The chosen rows; they share their tensors."""
         return [Row(row.position, row.past, row.cross) for row in (state[index] for index in rows)]
+
+    def restart(self, state: list[Row], rows: NDArray[np.int64]) -> list[Row]:
+        """The chosen windows, which share their cross-attention K/V; the caches start empty."""
+        past = self._nothing()
+        return [Row(0, past, state[row].cross) for row in rows]
 
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
         name = "encoder_states"
         return np.stack([np.array(_run(self._encoder, {"mel": _mat(window)}, [name])[name]) for window in mel])
 
+    def _nothing(self) -> Mats:
+        """A past of no tokens."""
+        nothing = _mat(np.zeros((self.dims.decoder_heads, 1, self.dims.head_dim), np.float32))
+        return dict.fromkeys(self._past, nothing)
+
     def _open(self, folder: Path, name: str, threads: int) -> Any:
         return _network(folder, name, threads)
 
-    def _step_row(self, tokens: NDArray[np.int64], row: Row) -> Logits:
-        """Logits [T, vocab]."""
+    def _step_row(self, tokens: NDArray[np.int64], row: Row, wanted: list[str]) -> list[NDArray[np.float32]]:
+        """Logits [T, vocab], queries [heads, T, E]."""
         end = row.position + len(tokens)
         embedded = self._embedding[tokens].astype(np.float32) + self._positions[row.position : end]
         inputs = {"embedded": _mat(embedded), "mask": _mat(_mask(row.position, end)), **row.past, **row.cross}
-        outputs = _run(self._decoder, inputs, ["logits", *(name.replace("past_", "present_", 1) for name in self._past)])
+        outputs = _run(self._decoder, inputs, [*wanted, *(name.replace("past_", "present_", 1) for name in self._past)])
         row.past = {name: outputs[name.replace("past_", "present_", 1)] for name in self._past}
         row.position = end
-        return np.array(outputs["logits"]).reshape(len(tokens), self.dims.vocab)
+        shapes = {"logits": (len(tokens), self.dims.vocab), "alignment_queries": (-1, len(tokens), self.dims.head_dim)}
+        return [np.array(outputs[name]).reshape(shapes[name]) for name in wanted]
 
 
 def _mask(start: int, end: int) -> NDArray[np.float32]:

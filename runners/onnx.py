@@ -23,19 +23,23 @@ class State:
     """Per-layer K and V by input name: cache rows [n_text_ctx, B, H, E], valid before ``position``, and cross [B, H, F, E].
 
     The cache's first axis is time, so that the rows seen so far are one piece of memory that the runtime reads in place.
+    ``origin`` [B] tells which encoded window each row is.
     """
 
     position: int
     past: dict[str, NDArray[Any]]
     cross: dict[str, NDArray[Any]]
+    origin: NDArray[np.int64]
 
 
 class OnnxRunner(StepRunner):
     """The encoder's and the decoder step's sessions over one artifact."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
+        self.folder = artifact.path
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
+        self.alignment_heads = artifact.manifest.alignment_heads
         self._encoder = self._open(artifact.path / "encoder.onnx", threads)
         self._decoder = self._open(artifact.path / "decoder.onnx", threads)
         specs = [spec for spec in artifact.manifest.tensors if spec.graph == "decoder"]
@@ -43,37 +47,60 @@ class OnnxRunner(StepRunner):
         self._cross = [spec.name for spec in inputs if spec.name.startswith("cross_")]
         self._past = [spec.name for spec in inputs if spec.name.startswith("past_")]
         self._cache_dtype = next(spec.dtype for spec in inputs if spec.name.startswith("past_"))
-        self._outputs = ["logits", *(name.replace("past_", "new_", 1) for name in self._past)]
+        self._new = [*(name.replace("past_", "new_", 1) for name in self._past)]
 
     def encode(self, mel: Mel) -> State:
         """Run the encoder and keep the cross-attention K/V; the cache starts empty."""
         cross = self._encoder.run(self._cross, {"mel": np.ascontiguousarray(mel)})
-        shape = (self.dims.n_text_ctx, len(mel), self.dims.decoder_heads, self.dims.head_dim)
-        past = {name: np.empty(shape, self._cache_dtype) for name in self._past}
-        return State(0, past, dict(zip(self._cross, cross, strict=True)))
+        return self._begin(dict(zip(self._cross, cross, strict=True)), len(mel))
 
     def step(self, tokens: NDArray[np.int64], state: State) -> Logits:
         """Run the decoder over the new tokens and add their K/V rows to the cache."""
+        return self._step(tokens, state, ["logits"])[0]
+
+    def step_with_queries(self, tokens: NDArray[np.int64], state: State) -> tuple[Logits, NDArray[np.float32]]:
+        """The same with one output more."""
+        logits, queries = self._step(tokens, state, ["logits", "alignment_queries"])
+        return logits, queries.astype(np.float32)
+
+    def cross_keys(self, state: State, layer: int) -> NDArray[np.float32]:
+        """As the encoder made them."""
+        return state.cross[f"cross_k_{layer}"].astype(np.float32)
+
+    def _step(self, tokens: NDArray[np.int64], state: State, wanted: list[str]) -> list[NDArray[Any]]:
         start, end = state.position, state.position + tokens.shape[1]
         past = {name: rows[:start] for name, rows in state.past.items()}
-        logits, *new = self._decoder.run(self._outputs, {"tokens": tokens, **past, **state.cross})
-        for rows, added in zip(state.past.values(), new, strict=True):
+        made = self._decoder.run([*wanted, *self._new], {"tokens": tokens, **past, **state.cross})
+        for rows, added in zip(state.past.values(), made[len(wanted) :], strict=True):
             rows[start:end] = added
         state.position = end
-        result: Logits = logits
-        return result
+        shown: list[NDArray[Any]] = made[: len(wanted)]
+        return shown
 
     def reorder(self, state: State, rows: NDArray[np.int64]) -> State:
-        """Gather batch rows of the cache and of the cross-attention K/V."""
+        """Gather batch rows of the cache and, where rows change their window, of the cross-attention K/V."""
         past = {name: np.empty((len(old), len(rows), *old.shape[2:]), old.dtype) for name, old in state.past.items()}
         for name, old in state.past.items():
             past[name][: state.position] = old[: state.position, rows]
-        return State(state.position, past, {name: old[rows] for name, old in state.cross.items()})
+        origin = state.origin[rows]
+        same = np.array_equal(origin, state.origin)
+        cross = state.cross if same else {name: old[rows] for name, old in state.cross.items()}
+        return State(state.position, past, cross, origin)
+
+    def restart(self, state: State, rows: NDArray[np.int64]) -> State:
+        """Gather the windows' cross-attention K/V; the cache starts empty."""
+        same = np.array_equal(rows, state.origin)
+        return self._begin(state.cross if same else {name: old[rows] for name, old in state.cross.items()}, len(rows))
 
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
         states: NDArray[np.float32] = self._encoder.run(["encoder_states"], {"mel": np.ascontiguousarray(mel)})[0]
         return states
+
+    def _begin(self, cross: dict[str, NDArray[Any]], batch: int) -> State:
+        shape = (self.dims.n_text_ctx, batch, self.dims.decoder_heads, self.dims.head_dim)
+        past = {name: np.empty(shape, self._cache_dtype) for name in self._past}
+        return State(0, past, cross, np.arange(batch))
 
     def _open(self, model: Path, threads: int) -> Any:
         return ort.InferenceSession(str(model), session_options(threads), providers=PROVIDERS)

@@ -36,17 +36,17 @@ class OpenVINORunner(StepRunner):
     """Encoder and stateful decoder, one request each: only the newest state can go on."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
+        self.folder = artifact.path
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
+        self.alignment_heads = artifact.manifest.alignment_heads
         self._encoder = self._open(artifact.path / ENCODER, threads)
         self._decoder = self._open(artifact.path / DECODER, threads)
         self._newest: State | None = None
 
     def encode(self, mel: Mel) -> State:
         """Run the encoder and empty the decoder."""
-        windows = self.encoder_states(mel)
-        self._decoder.reset_state()
-        return self._continue_with(State(windows, np.arange(len(mel)), np.arange(len(mel), dtype=np.int32)))
+        return self._begin(self.encoder_states(mel))
 
     def step(self, tokens: NDArray[np.int64], state: State) -> Logits:
         """One pass of the decoder over the new tokens."""
@@ -55,8 +55,19 @@ class OpenVINORunner(StepRunner):
         self._decoder.set_tensor("input_ids", ov.Tensor(tokens, shared_memory=True))
         self._decoder.infer()
         state.past[:] = range(len(tokens))
-        logits: Logits = self._decoder.get_output_tensor().data
+        logits: Logits = self._decoder.get_output_tensor(0).data
         return logits
+
+    def step_with_queries(self, tokens: NDArray[np.int64], state: State) -> tuple[Logits, NDArray[np.float32]]:
+        """The decoder's second output, after a step."""
+        return self.step(tokens, state), self._decoder.get_tensor("alignment_queries").data
+
+    def cross_keys(self, state: State, layer: int) -> NDArray[np.float32]:
+        """From the runtime's state, in which they lie as [B, H, E, F]."""
+        self._check(state)
+        held = next(held for held in self._decoder.query_state() if held.name == f"{CROSS}{layer}.k")
+        keys: NDArray[np.float32] = np.asarray(held.state.data, np.float32).swapaxes(2, 3)
+        return keys
 
     def reorder(self, state: State, rows: NDArray[np.int64]) -> State:
         """Self-attention follows ``beam_idx``; cross-attention is projected anew where rows change their window.
@@ -73,6 +84,10 @@ class OpenVINORunner(StepRunner):
                     held.reset()
         return self._continue_with(State(windows, origin, state.past[rows]))
 
+    def restart(self, state: State, rows: NDArray[np.int64]) -> State:
+        """Empty the decoder; it projects the windows anew."""
+        return self._begin(state.windows[rows])
+
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
         mel = np.ascontiguousarray(mel)
@@ -83,6 +98,10 @@ class OpenVINORunner(StepRunner):
 
     def _open(self, file: Path, threads: int) -> Any:
         return request(file, threads)
+
+    def _begin(self, windows: NDArray[np.float32]) -> State:
+        self._decoder.reset_state()
+        return self._continue_with(State(windows, np.arange(len(windows)), np.arange(len(windows), dtype=np.int32)))
 
     def _continue_with(self, state: State) -> State:
         self._decoder.set_tensor("encoder_hidden_states", ov.Tensor(state.windows, shared_memory=True))

@@ -24,6 +24,9 @@ Arrays = dict[str, NDArray[np.float32]]
 # From how many new tokens on one prefill is faster than single steps: it costs about two of them.
 PREFILL_PAYS = 3
 STDERR = 2  # file descriptor
+QUERIES = "alignment_queries"
+# Outputs of a step that are not rows of the cache, and their axis of tokens.
+TOKEN_AXES = {"logits": 1, QUERIES: 2}
 
 
 @dataclass
@@ -46,8 +49,10 @@ class TFLiteRunner(StepRunner):
     """
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
+        self.folder = artifact.path
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
+        self.alignment_heads = artifact.manifest.alignment_heads
         self._interpreter = self._open(artifact.path / "model.tflite", threads)
         signature = self._interpreter.get_signature_runner("decode")
         self._inputs = {name: details["index"] for name, details in signature.get_input_details().items()}
@@ -66,7 +71,17 @@ class TFLiteRunner(StepRunner):
 
     def step(self, tokens: NDArray[np.int64], state: list[Row]) -> Logits:
         """Run every row's new tokens through prefill and decode and add their K/V to its cache."""
-        return np.concatenate([self._step_row(new, row) for new, row in zip(tokens, state, strict=True)])
+        return np.concatenate([self._step_row(new, row)["logits"] for new, row in zip(tokens, state, strict=True)])
+
+    def step_with_queries(self, tokens: NDArray[np.int64], state: list[Row]) -> tuple[Logits, NDArray[np.float32]]:
+        """The same with one output more."""
+        made = [self._step_row(new, row) for new, row in zip(tokens, state, strict=True)]
+        logits, queries = (np.concatenate([outputs[name] for outputs in made]) for name in ("logits", QUERIES))
+        return logits, queries
+
+    def cross_keys(self, state: list[Row], layer: int) -> NDArray[np.float32]:
+        """As the encoder made them, which is [1, H, E, F]."""
+        return np.concatenate([row.cross[f"cross_k_{layer}"].swapaxes(2, 3) for row in state])
 
     def reorder(self, state: list[Row], rows: NDArray[np.int64]) -> list[Row]:
         """The chosen rows; one that is chosen again gets a copy of the cache, cross-attention K/V are shared."""
@@ -75,6 +90,10 @@ class TFLiteRunner(StepRunner):
             taken = any(row is other for other in chosen)
             chosen.append(Row(row.position, {name: k.copy() for name, k in row.past.items()}, row.cross) if taken else row)
         return chosen
+
+    def restart(self, state: list[Row], rows: NDArray[np.int64]) -> list[Row]:
+        """The chosen windows, which share their cross-attention K/V; the caches start empty."""
+        return [self._begin(state[row].cross) for row in rows]
 
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
@@ -86,19 +105,24 @@ class TFLiteRunner(StepRunner):
     def _encode_row(self, window: NDArray[np.float32]) -> Row:
         cross = self._call("encode", {"mel": window[None]})
         del cross["encoder_states"]
+        return self._begin(cross)
+
+    def _begin(self, cross: Arrays) -> Row:
         # Zeros, not whatever the memory holds: a mask hides numbers, but not a NaN.
         return Row(0, {name: np.zeros(shape, np.float32) for name, shape in self._past.items()}, cross)
 
-    def _step_row(self, tokens: NDArray[np.int64], row: Row) -> Logits:
-        """Logits [1, T, vocab]."""
+    def _step_row(self, tokens: NDArray[np.int64], row: Row) -> Arrays:
+        """Logits [1, T, vocab] and queries [1, heads, T, E]."""
         pieces = []
         while len(tokens) >= PREFILL_PAYS:
             pieces.append(self._prefill_row(tokens[: self._prefill_tokens], row))
             tokens = tokens[self._prefill_tokens :]
         pieces += [self._decode_row(token, row) for token in tokens.tolist()]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
+        if len(pieces) == 1:
+            return pieces[0]
+        return {name: np.concatenate([piece[name] for piece in pieces], axis=axis) for name, axis in TOKEN_AXES.items()}
 
-    def _prefill_row(self, tokens: NDArray[np.int64], row: Row) -> Logits:
+    def _prefill_row(self, tokens: NDArray[np.int64], row: Row) -> Arrays:
         """Several tokens at once; what pads them comes after them, so that they do not see it."""
         count = len(tokens)
         padded = np.zeros((1, self._prefill_tokens), np.int32)
@@ -106,16 +130,16 @@ class TFLiteRunner(StepRunner):
         position = np.array([row.position], np.int32)
         outputs = self._call(self._prefill, {"tokens": padded, "position": position, **row.past, **row.cross})
         self._append(outputs, count, row)
-        return outputs["logits"][:, :count]
+        return {"logits": outputs["logits"][:, :count], QUERIES: outputs[QUERIES][:, :, :count]}
 
-    def _decode_row(self, token: int, row: Row) -> Logits:
+    def _decode_row(self, token: int, row: Row) -> Arrays:
         self._make_resident(row)
         self._interpreter.set_tensor(self._inputs["tokens"], np.array([[token]], np.int32))
         self._interpreter.set_tensor(self._inputs["position"], np.array([row.position], np.int32))
         self._interpreter.invoke()
         outputs: Arrays = {name: self._interpreter.get_tensor(index) for name, index in self._outputs.items()}
         self._append(outputs, 1, row)
-        return outputs["logits"]
+        return outputs
 
     def _append(self, outputs: Arrays, count: int, row: Row) -> None:
         """Add the first ``count`` new rows to the cache, and to its copy in the interpreter if that is there."""
@@ -131,7 +155,8 @@ class TFLiteRunner(StepRunner):
 
     def _make_resident(self, row: Row) -> None:
         if row is not self._resident:
-            for name, array in (row.past | row.cross).items():
+            same_window = self._resident is not None and self._resident.cross is row.cross
+            for name, array in (row.past if same_window else row.past | row.cross).items():
                 self._interpreter.set_tensor(self._inputs[name], array)
             self._resident = row
 

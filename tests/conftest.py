@@ -21,6 +21,14 @@ from reference import shapes
 DATA = Path(os.environ.get("ASR_EXPORT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def conversions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of converted checkpoints of this session's own."""
+    cache = tmp_path_factory.mktemp("cache")
+    os.environ["ASR_EXPORT_CACHE"] = str(cache)
+    return cache / "checkpoints"
+
+
 @pytest.fixture(scope="session")
 def shape_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a random-weight checkpoint of a named shape, written once a session; never change it."""

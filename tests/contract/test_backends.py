@@ -8,12 +8,18 @@ import pytest
 import reference
 from asr_core import audio, build, registry
 from asr_core.artifact import Artifact
-from asr_core.decode import DecodeOptions
+from asr_core.decode import Decoded, DecodeOptions
 from parity import compare
 from runners.base import StepRunner, open_runner
 
 TARGETS = registry.names("exporters")
 ARTIFACTS = [(target, precision) for target in TARGETS for precision in build.exporter(target).PRECISIONS]
+# What a policy may ask of a runtime: rows that multiply, swap and leave, prompts in one pass, windows that begin again.
+POLICIES = {
+    "beam": DecodeOptions(beam_size=3, timestamps=True, prompt=(300, 301, 302, 303, 304)),
+    "language and prefix": DecodeOptions(language=None, prefix=(320,)),
+    "fallback": DecodeOptions(temperatures=(0.0, 0.7), best_of=2, logprob_threshold=0.0, timestamps=True, max_new_tokens=6),
+}
 FULL = [pair for pair in ARTIFACTS if pair[1] == "fp32"]
 
 
@@ -73,6 +79,41 @@ def test_float32_decodes_to_the_tokens_of_transformers(artifacts, mels, expected
     alone = [runner.generate(mel[None], DecodeOptions())[0].tokens for mel in mels]
     assert alone == expected
     assert [decoded.tokens for decoded in runner.generate(mels, DecodeOptions())] == expected
+
+
+@pytest.fixture(scope="module")
+def under_policies(checkpoint, mels) -> dict[str, list[Decoded]]:
+    """What the PyTorch runner decodes under every policy."""
+    runner = open_runner("pytorch", checkpoint.path, 1)
+    return {name: runner.generate(mels[:3], options) for name, options in POLICIES.items()}
+
+
+@pytest.mark.parametrize(("target", "precision"), FULL)
+def test_float32_decodes_as_pytorch_under_every_policy(artifacts, mels, under_policies, target, precision):
+    runner = open_exported(artifacts, target, precision)
+    for name, options in POLICIES.items():
+        if name == "fallback" and not isinstance(runner, StepRunner):
+            continue  # a runtime that decodes by itself draws by itself
+        found = runner.generate(mels[:3], options)
+        for one, other in zip(found, under_policies[name], strict=True):
+            assert (one.tokens, one.language, one.temperature) == (other.tokens, other.language, other.temperature), name
+            assert one.avg_logprob == pytest.approx(other.avg_logprob, abs=1e-4)
+            assert one.no_speech_prob == pytest.approx(other.no_speech_prob, rel=1e-3)
+
+
+@pytest.mark.parametrize(("target", "precision"), FULL)
+def test_a_state_begins_again_without_encoding(artifacts, mels, target, precision):
+    runner = open_exported(artifacts, target, precision)
+    if not isinstance(runner, StepRunner):
+        pytest.skip(f"{target} decodes natively: it has no states")
+    prompt = np.array([runner.tokens.prompt()], np.int64)
+    fresh = [np.array(runner.step(prompt, runner.encode(mel[None]))) for mel in mels[:2]]
+    first = runner.encode(mels[:2])
+    runner.step(np.repeat(prompt, 2, axis=0), first)
+    runner.step(np.array([[300]] * 4), runner.reorder(first, np.array([1, 0, 1, 1])))
+    runner.encode = None  # from here on, only what the first state holds
+    again = runner.step(np.repeat(prompt, 3, axis=0), runner.restart(first, np.array([1, 1, 0])))
+    np.testing.assert_allclose(again, np.concatenate([fresh[1], fresh[1], fresh[0]]), atol=1e-4)
 
 
 @pytest.mark.parametrize(("target", "precision"), ARTIFACTS)

@@ -30,11 +30,8 @@ def entries() -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("artifacts")
-    done = run_command("asr-export", "--target", "onnx", "--precision", "fp32", "--out", root)
-    assert done.returncode == 0, done.stderr
-    return root / "reference" / "onnx-fp32"
+def exported(copies) -> Path:
+    return copies("onnx-fp32") / "reference" / "onnx-fp32"
 
 
 @pytest.fixture(scope="module")

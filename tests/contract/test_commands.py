@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import reference
 from asr_core import artifact, registry
 from asr_core.artifact import MANIFEST, Artifact
 from tests.support import run_command
@@ -187,3 +188,26 @@ def test_a_light_install_is_told_what_to_install(arguments):
     assert done.returncode == 5, done.stderr
     assert "pip install 'asr-export[" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_is_transcribed_with_words_side_by_side(artifacts, tmp_path):
+    """What a user of long recordings asks for, with openai-whisper's defaults: beams, fallback, timestamps, language."""
+    manifest = reference.manifest_path()
+    entries = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    clips = [manifest.with_name(entry["audio_filepath"]) for entry in entries if entry["text"]][:2]
+    talks = tmp_path / "talks"
+    talks.mkdir()
+    for clip in clips:
+        shutil.copy(clip, talks)
+    (talks / "notes.txt").write_text("not audio")
+    options = ("--artifact", artifacts / "reference" / "onnx-fp32", "--threads", 1, "--output-dir", tmp_path / "out")
+    done = run_command("asr-transcribe", talks, *options, "--format", "all", "--word-timestamps", "--batch-size", 2)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    for clip in clips:
+        content = json.loads((tmp_path / "out" / f"{clip.stem}.json").read_text())
+        words = [word for segment in content["segments"] for word in segment["words"]]
+        assert "".join(word["word"] for word in words) == content["text"] != ""
+        assert all(word["start"] <= word["end"] <= content["duration_s"] + 0.02 for word in words)
+        assert (tmp_path / "out" / f"{clip.stem}.srt").read_text().startswith("1\n00:00:0")
+    again = run_command("asr-transcribe", talks, *options, "--format", "srt", "--word-timestamps", "--batch-size", 2)
+    assert (again.returncode, again.stderr.count("up to date")) == (0, 2)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from asr_core.artifact import Artifact
-from asr_core.checkpoint import Checkpoint, Dims, expected_shapes
+from asr_core.checkpoint import Checkpoint
+from asr_core.dims import Dims, expected_shapes
 from asr_core.errors import ExportError
 from exporters import ncnn as exporter
 from runners import ncnn as runners_ncnn

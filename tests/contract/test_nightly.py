@@ -21,13 +21,8 @@ WORKFLOW = PROJECT / ".github" / "workflows" / "nightly.yml"
 
 
 @pytest.fixture(scope="session")
-def two_artifacts(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("two")
-    done = run_command("asr-export", "--target", "onnx", "--precision", "fp32", "--out", root)
-    assert done.returncode == 0, done.stderr
-    done = run_command("asr-export", "--target", "ctranslate2", "--precision", "fp32", "--out", root)
-    assert done.returncode == 0, done.stderr
-    return root
+def two_artifacts(copies) -> Path:
+    return copies("onnx-fp32", "ctranslate2-fp32")
 
 
 def finished(root: Path) -> dict[str, int]:

@@ -141,7 +141,7 @@ def ordinary_decoder(checkpoint: Checkpoint, path: Path) -> ort.InferenceSession
     # Tensors of their own: the exporter takes one that comes twice for one input.
     rows, cross = ([torch.zeros(shape) for _ in range(4)] for shape in ((5, 2, 1, 64), (2, 1, 1500, 64)))
     torch.onnx.export(
-        graph.DynamicStep(decoder).eval(),
+        graph.DynamicStep(decoder, [(1, 0)]).eval(),
         (torch.zeros(2, 3, dtype=torch.int64), rows, cross),
         str(path),
         dynamo=True,

@@ -43,5 +43,6 @@ def test_client_and_runner_say_the_same(clip: str, folder: Path, client: openvin
 def test_manifest_names_the_tensors_of_the_layout(folder: Path) -> None:
     names = [tensor.name for tensor in artifact.read_manifest(folder).tensors]
     assert names == [
-        "input_features", "last_hidden_state", "input_ids", "encoder_hidden_states", "beam_idx", "logits"
+        "input_features", "last_hidden_state", "input_ids", "encoder_hidden_states", "beam_idx", "logits",
+        "alignment_queries"
     ]  # fmt: skip

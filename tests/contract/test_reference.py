@@ -85,8 +85,9 @@ def test_the_carried_checkpoint_is_trained(checkpoint, runner):
     heard = []
     for utterance in utterances:
         mel = audio.log_mel(audio.load_audio(utterance.path), filters)[None]
-        heard.append(normalise(text_of(tokenizer, runner.generate(mel, DecodeOptions())[0].tokens)))
-    spoken = [normalise(utterance.text) for utterance in utterances]
+        tokens = runner.generate(mel, DecodeOptions(language=utterance.language))[0].tokens
+        heard.append(normalise(text_of(tokenizer, tokens), utterance.language))
+    spoken = [normalise(utterance.text, utterance.language) for utterance in utterances]
     assert compare.word_errors(spoken, heard).rate <= 0.05
     assert [text for said, text in zip(spoken, heard, strict=True) if not said] == ["", ""]
 

@@ -13,7 +13,7 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 from asr_core.artifact import Artifact
-from asr_core.checkpoint import Dims, expected_shapes
+from asr_core.dims import Dims, expected_shapes
 from asr_core.errors import ExportError
 from exporters import tflite
 from runners import tflite as runners_tflite

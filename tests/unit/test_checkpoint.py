@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -70,8 +71,8 @@ def test_missing_folder(tmp_path):
 
 
 def test_a_file(tmp_path):
-    (tmp_path / "model.pt").write_bytes(b"x")
-    assert "is a file; --model takes a checkpoint folder" in refusal(tmp_path / "model.pt")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert "is a file; --model takes a checkpoint folder" in refusal(tmp_path / "model.safetensors")
 
 
 def test_empty_folder(tmp_path):
@@ -127,7 +128,8 @@ def test_every_reason_at_once(mini):
         weights["proj_out.weight"] = torch.zeros(51865, 64)
 
     edit_weights(mini, spoil)
-    (mini / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "vocab.json"):
+        (mini / name).unlink()
     (mini / "generation_config.json").unlink()
     message = refusal(mini)
     for reason in (
@@ -145,23 +147,6 @@ def test_many_reasons_are_counted(mini):
     edit_json(mini / "config.json", decoder_layers=4)
     assert refusal(mini).count("is missing") == 10
     assert "and 38 more" in refusal(mini)
-
-
-@pytest.mark.parametrize("key", ["lang_to_id", "task_to_id"])
-def test_lost_languages(mini, key):
-    """transformers drops them when it saves a generation config that it made from a model config."""
-    path = mini / "generation_config.json"
-    generation = json.loads(path.read_text())
-    del generation[key], generation["is_multilingual"]
-    path.write_text(json.dumps(generation))
-    assert f"generation_config.json has no {key}" in refusal(mini)
-
-
-def test_only_pickles(mini):
-    (mini / "model.safetensors").rename(mini / "pytorch_model.bin")
-    message = refusal(mini)
-    assert "holds only pickled weights (pytorch_model.bin)" in message
-    assert "save_pretrained" in message
 
 
 def test_no_weights(mini):
@@ -226,20 +211,33 @@ def open_in_process(*sources: str, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+def cache_model(cache: Path, source: Path, commit: str, revision: str) -> None:
+    """Put a folder into a hub cache as the hub's client lays it out."""
+    repo = cache / "models--owner--whisper-mini"
+    (repo / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
+    (repo / "refs" / revision).write_text(commit)
+    (repo / "blobs").mkdir(exist_ok=True)
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    for file in sorted(source.iterdir()):
+        blob = hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copyfile(file, repo / "blobs" / blob)
+        (repo / "snapshots" / commit / file.name).symlink_to(Path("../../blobs") / blob)
+
+
 def test_hub_ids_without_a_network(shape_folder, tmp_path):
     """A cached model opens; one that is not cached is a sentence, not a wait."""
-    repo = tmp_path / "models--owner--whisper-mini"
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text(commit)
-    (repo / "blobs").mkdir()
-    (repo / "snapshots" / commit).mkdir(parents=True)
-    for i, file in enumerate(sorted(shape_folder("mini").iterdir())):
-        shutil.copyfile(file, repo / "blobs" / f"{i:040x}")
-        (repo / "snapshots" / commit / file.name).symlink_to(Path("../../blobs") / f"{i:040x}")
-    sources = ("owner/whisper-mini", "owner/absent")
-    found, absent = open_in_process(*sources, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
-    assert found == f"owner--whisper-mini {Checkpoint.open(shape_folder('mini')).fingerprint}"
+    old, new = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef"
+    cache_model(tmp_path, shape_folder("mini"), old, "refs/pr/1")
+    cache_model(tmp_path, shape_folder("mini.en"), new, "main")
+    name = "owner/whisper-mini"
+    sources = (name, f"{name}@main", f"{name}@refs/pr/1", f"{name}@{old}", f"{name}@v9", "owner/absent")
+    main, named, pinned, commit, unknown, absent = open_in_process(*sources, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
+    english, multilingual = (Checkpoint.open(shape_folder(shape)).fingerprint for shape in ("mini.en", "mini"))
+    assert main == f"owner--whisper-mini {english}"
+    assert named == f"owner--whisper-mini@main {english}"
+    assert pinned == f"owner--whisper-mini@refs--pr--1 {multilingual}"
+    assert commit == f"owner--whisper-mini@{old} {multilingual}"
+    assert unknown == "owner/whisper-mini@v9 is not in the local hub cache, and HF_HUB_OFFLINE is set."
     assert absent == "owner/absent is not in the local hub cache, and HF_HUB_OFFLINE is set."
 
 

@@ -43,7 +43,7 @@ def row(reference, candidate, spoken: list[list[int]], precision: str, bounds=No
         candidate=candidate,
         measured={"decoder": "step", "timed": True, "load_s": 1.0, "peak_rss_mb": 1.0, "size_mb": 1.0},
         utterances=utterances,
-        normalise=str.lower,
+        normalise=lambda text, language: text.lower(),
         probes=weights.compare_probes(reference, candidate),
         bounds=bounds or compare.thresholds("parity", precision),
     )

@@ -36,6 +36,66 @@ def test_says_what_pytorch_says(talkative, talkative_artifact, batch, limit):
         assert one.timings.prompt_s is None
 
 
+POLICIES = {
+    "beam": {"beam_size": 4},
+    "beam, patient": {"beam_size": 3, "patience": 2.0, "length_penalty": 0.3},
+    "timestamps": {"timestamps": True},
+    "timestamps, late": {"timestamps": True, "max_initial_timestamp": None, "suppress_blank": False, "beam_size": 2},
+    "prompt": {"prompt": tuple(range(300, 800)), "language": None},
+    "prefix": {"prefix": (300, 301, 302), "beam_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def pair(talkative, talkative_artifact):
+    """CTranslate2 and PyTorch, and a dozen words and all timestamps to choose from."""
+    reference = pytorch.open(talkative, 1)
+    suppress = tuple(token for token in reference.tokens.suppress if token < reference.tokens.timestamp_begin)
+    return ctranslate2.open(talkative_artifact.path, 1), reference, suppress
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_decodes_as_pytorch_under_every_policy(pair, policy):
+    ours, reference, suppress = pair
+    options = DecodeOptions(**POLICIES[policy], suppress=suppress, max_new_tokens=12)
+    for one, other in zip(ours.generate(mels(3), options), reference.generate(mels(3), options), strict=True):
+        assert (one.tokens, one.language) == (other.tokens, other.language)
+        assert one.avg_logprob == pytest.approx(other.avg_logprob, abs=1e-4)
+        assert one.no_speech_prob == pytest.approx(other.no_speech_prob, rel=1e-3)
+
+
+def test_language_probabilities_are_pytorchs(pair, shape_folder, export_here):
+    for one, other in zip(pair[0].detect_language(mels(2)), pair[1].detect_language(mels(2)), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    english = ctranslate2.open(export_here(shape_folder("mini.en"), "ctranslate2", "fp32").path, 1)
+    assert english.detect_language(mels(2)) == [{"en": 1.0}] * 2
+
+
+def test_only_the_windows_that_fail_are_drawn_anew(pair):
+    ours, reference, suppress = pair
+    greedy = reference.generate(mels(3), DecodeOptions(suppress=suppress, max_new_tokens=12))
+    worst = min(range(3), key=lambda i: greedy[i].avg_logprob)
+    threshold = greedy[worst].avg_logprob + 1e-3
+    options = DecodeOptions(
+        suppress=suppress, max_new_tokens=12, temperatures=(0.0, 0.5), best_of=3, logprob_threshold=threshold,
+        compression_ratio_threshold=None, no_speech_threshold=None,
+    )  # fmt: skip
+    found = ours.generate(mels(3), options)
+    assert [one.temperature for one in found] == [0.5 if one.avg_logprob < threshold else 0.0 for one in greedy]
+    assert [one.tokens for one in found if not one.temperature] == [
+        one.tokens for one, other in zip(greedy, found, strict=True) if not other.temperature
+    ]
+
+
+def test_after_a_prefix_the_first_timestamp_is_free(pair):
+    """A documented difference: CTranslate2's rules see the prefix as said, openai-whisper's begin after it."""
+    ours, reference, suppress = pair
+    options = DecodeOptions(prefix=(300,), timestamps=True, max_initial_timestamp=1.0, suppress=suppress, max_new_tokens=1)
+    latest = reference.tokens.timestamp_begin + 50
+    assert reference.generate(mels(1), options)[0].tokens[0] <= latest
+    assert ours.generate(mels(1), options)[0].tokens[0] > latest
+
+
 @pytest.mark.parametrize(
     ("name", "precision"),
     [("mini.en", "fp32"), ("mini-large-v3", "fp32"), *(("mini", precision) for precision in exporter.PRECISIONS)],

@@ -45,21 +45,28 @@ def test_encoder_is_transformers(pair):
 
 @torch.inference_mode()
 def test_steps_are_transformers_full_pass(pair):
-    """Prompt, several tokens at once, single tokens: every logit is that of one pass over the whole sequence."""
+    """Prompt, several tokens at once, single tokens: logits and attention are those of one pass over the whole sequence."""
     dims = pair.decoder.dims
     tokens = torch.randint(0, dims.vocab, (2, 12), generator=torch.Generator().manual_seed(0))
     states = BaseModelOutput(last_hidden_state=pair.states.expand(2, -1, -1))
-    expected = pair.theirs(encoder_outputs=states, decoder_input_ids=tokens).logits
+    pair.theirs.set_attn_implementation("eager")  # the others do not show their attention
+    expected = pair.theirs(encoder_outputs=states, decoder_input_ids=tokens, output_attentions=True)
     cross = [rows.expand(2, -1, -1, -1) for rows in pair.cross]
     past = [torch.zeros(0, 2, dims.decoder_heads, dims.head_dim) for _ in cross]
-    step = graph.DynamicStep(pair.decoder)
-    produced = []
+    heads = [(dims.decoder_layers - 1, head) for head in range(dims.decoder_heads)] + [(0, dims.decoder_heads - 1)]
+    step = graph.DynamicStep(pair.decoder, heads)
+    produced, asked = [], []
     for piece in tokens.split([4, 3, 1, 1, 1, 1, 1], dim=1):
-        logits, *new = step(piece, past, cross)
+        logits, queries, *new = step(piece, past, cross)
+        asked.append(queries)
         assert [tuple(rows.shape) for rows in new] == [(piece.shape[1], *past[0].shape[1:])] * len(past)
         past = [torch.cat(rows) for rows in zip(past, new, strict=True)]
         produced.append(logits)
-    torch.testing.assert_close(torch.cat(produced, 1), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(torch.cat(produced, 1), expected.logits, rtol=0, atol=TOLERANCE)
+    keys = torch.stack([cross[2 * layer][:, head] for layer, head in heads], 1)
+    attention = (torch.cat(asked, 2) @ keys.mT).softmax(-1)
+    theirs = torch.stack([expected.cross_attentions[layer][:, head] for layer, head in heads], 1)
+    torch.testing.assert_close(attention, theirs, rtol=0, atol=TOLERANCE)
 
 
 def test_load_weights_refuses_a_missing_tensor(shape_folder):

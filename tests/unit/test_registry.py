@@ -24,6 +24,22 @@ def test_an_unknown_target_lists_the_known_ones():
         registry.load("exporters", "whisper.cpp")
 
 
+def test_a_layout_is_a_file_beside_its_target():
+    assert "optimum" in registry.layouts("exporters", "onnx")
+    assert not any("." in name or "optimum" in name for name in registry.names("exporters"))
+    assert registry.load("exporters", "onnx.optimum").__name__ == "exporters._onnx_optimum"
+    assert registry.requirements("onnx.optimum") == registry.requirements("onnx")
+
+
+@pytest.mark.parametrize("package", ["exporters", "runners"])
+def test_an_unknown_layout_lists_those_of_the_target(package):
+    known = ", ".join(registry.layouts(package, "onnx"))
+    with pytest.raises(UsageError, match=re.escape(f"onnx has no layout 'ggml'; it has these beside its own: {known}.")):
+        registry.load(package, "onnx.ggml")
+    with pytest.raises(UsageError, match="ncnn has no layout 'optimum'; it has only its own"):
+        registry.load(package, "ncnn.optimum")
+
+
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_requirements_are_pyprojects(extra):
     assert registry.requirements(extra) == sorted(re.split(r"[\[<>=~! ]", package)[0] for package in EXTRAS[extra])

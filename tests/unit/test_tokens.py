@@ -107,7 +107,7 @@ def test_bundle_gives_transformers_the_right_extractor(shape_folder, tmp_path, n
     from transformers import WhisperFeatureExtractor
 
     checkpoint = Checkpoint.open(shape_folder(name))
-    write_bundle(checkpoint.path, checkpoint.dims.n_mels, tmp_path)
+    write_bundle(checkpoint.path, checkpoint.dims.n_mels, [(1, 0)], tmp_path)
     extractor = WhisperFeatureExtractor.from_pretrained(tmp_path)
     assert extractor.feature_size == checkpoint.dims.n_mels
     default = WhisperFeatureExtractor(feature_size=checkpoint.dims.n_mels).to_dict()

@@ -1,13 +1,27 @@
 """A production client's row, from what it heard."""
 
 import json
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from asr_core import registry
 from asr_core.errors import UnavailableError
 from asr_core.isolate import Outcome
 from parity import data, measure, witness
+from parity.clients._elsewhere import Elsewhere
+
+PROGRAM = """
+import array, json, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    total = sum(array.array("f", open(asked["samples"], "rb").read()))
+    if not total:
+        sys.exit(7)
+    print(json.dumps({"text": f" {asked['language']} {total}"}), flush=True)
+"""
 
 
 @pytest.fixture
@@ -20,7 +34,7 @@ def measured(tmp_path) -> Path:
 def row_of(measured: Path, monkeypatch, outcome: Outcome):
     monkeypatch.setattr(witness.isolate, "run", lambda function, arguments, threads: outcome)
     utterances = [data.Utterance(name, Path(f"{name}.flac"), "") for name in "abc"]
-    return witness.testify("ctranslate2", "int8", Path("artifact"), measured, utterances, [0, 2], 1)
+    return witness.testify("faster_whisper", "int8", Path("artifact"), measured, utterances, [0, 2], 1)
 
 
 def test_agreement_is_a_row_of_its_own(measured, monkeypatch):
@@ -47,5 +61,26 @@ def test_an_absent_client_is_unavailable_and_a_dead_one_crashed(measured, monkey
 
 
 def test_targets_without_a_client_have_none():
-    assert witness.has_client("openvino")
-    assert not witness.has_client("ncnn")
+    assert witness.clients("openvino") == ["openvino_genai"]
+    assert witness.clients("onnx.optimum") == ["optimum_onnx", "transformers_js"]
+    assert witness.clients("ncnn") == []
+
+
+@pytest.mark.parametrize("client", witness.clients("onnx.optimum"))
+def test_a_client_with_an_environment_of_its_own_says_where_it_is_looked_for(monkeypatch, tmp_path, client):
+    module = registry.load(witness.CLIENTS, client)
+    monkeypatch.delenv(module.VARIABLE, raising=False)
+    with pytest.raises(UnavailableError, match=rf"{module.CLIENT} needs .* install .*, and {module.VARIABLE} names it"):
+        module.open(tmp_path, 1)
+    monkeypatch.setenv(module.VARIABLE, str(tmp_path / "gone"))
+    with pytest.raises(UnavailableError, match="gone, which does not exist"):
+        module.open(tmp_path, 1)
+
+
+def test_a_program_elsewhere_is_asked_clip_by_clip(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    hear = Elsewhere("counter", [sys.executable, program])
+    assert [hear(np.ones(count, np.float32), "es") for count in (3, 5)] == ["es 3.0", "es 5.0"]
+    with pytest.raises(RuntimeError, match="counter ended with exit code 7"):
+        hear(np.zeros(1, np.float32), "es")
