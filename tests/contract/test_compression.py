@@ -14,7 +14,8 @@ from transformers import WhisperForConditionalGeneration
 
 import reference
 from asr_core import compressed
-from asr_core.checkpoint import EMBEDDING, Checkpoint
+from asr_core.checkpoint import Checkpoint
+from asr_core.dims import EMBEDDING
 from asr_core.errors import AudioError, CheckpointError, UsageError
 from asr_export.compress import main
 from compression import base, calibration, folder
