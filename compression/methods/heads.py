@@ -116,7 +116,7 @@ def _silenced(model: Model, attention: str, gone: Tensor, moments: Moments | Non
 
 
 def _aligned(model: Model, removed: Mapping[str, set[int]]) -> dict[str, object]:
-    """The generation config with the alignment heads that still speak; where none does, the others of the upper half of layers."""
+    """The generation config with the alignment heads that still speak; where none does, all others of the upper layers."""
 
     def speaks(layer: int, head: int) -> bool:
         return head not in removed.get(f"model.decoder.layers.{layer}.encoder_attn", ())
