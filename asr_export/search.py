@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ HEADER = f"{'MB':>9} {'ΔWER':>7} {'p50 ms':>8} {'p95 ms':>8}  candidate"
 
 
 @click.command(help=__doc__, epilog="Exit codes: see the README, section 'Exit codes'.")
-@click.option("--budget", required=True, help="As 'size<=3MB, delta_wer<=0.5, latency_p95<=50ms'; also latency_p50 and memory.")
+@click.option("--budget", required=True, help="As 'size<=3MB, delta_wer<=0.5, latency_p95<=50ms'; also latency_p50, memory.")
 @click.option("--target", required=True, help="One of the targets (an unknown one lists them).")
 @click.option("--precision", default="all", show_default=True, help="One of the target's precisions, or 'all' to choose from.")
 @click.option("--model", default="reference", show_default=True, help="Checkpoint folder, hub id, or 'reference' (carried).")
@@ -121,5 +122,6 @@ def _report(found: Found, budget: Budget, out: Path) -> None:
 def _line(point: Point) -> str:
     figures = point.figures
     values = (figures.size, figures.delta_wer, 1e3 * figures.latency_p50, 1e3 * figures.latency_p95)
-    cells = ["-".rjust(width) if value != value else f"{value:{width}.2f}" for value, width in zip(values, (9, 7, 8, 8), strict=True)]  # noqa: PLR0124 - NaN
+    widths = (9, 7, 8, 8)
+    cells = ["-".rjust(w) if math.isnan(value) else f"{value:{w}.2f}" for value, w in zip(values, widths, strict=True)]
     return f"{' '.join(cells)}  {point.candidate}"

@@ -71,7 +71,8 @@ def run(
             shutil.rmtree(good, ignore_errors=True)
             made = [*steps, _step(source, planned, broken.applied)]
             folder.write(good, source, broken.applied.model, made, sorted({*_seen(source), *heard.seen}), None)
-            raise ExportError(f"{planned.method}: {broken} The model as it was after step {broken.step} is in {good}.") from broken
+            at = f"The model as it was after step {broken.step} is in {good}."
+            raise ExportError(f"{planned.method}: {broken} {at}") from broken
         model = applied.model
         steps.append(_step(source, planned, applied))
     progress("judge")

@@ -159,7 +159,8 @@ class Search:
 
     def _confirmed(self, points: list[Point]) -> Found:
         """Measure the promising ones on everything, from the smallest up, until one holds."""
-        promising = sorted((p for p in points if self.score(p.figures) < 0), key=lambda p: (p.figures.size, p.figures.latency_p50))
+        promising = [point for point in points if self.score(point.figures) < 0]
+        promising.sort(key=lambda point: (point.figures.size, point.figures.latency_p50))
         rejected = []
         standard = self._full(self._plain.candidate) if promising and not self.allow_slower else None
         for point in promising:
@@ -232,7 +233,8 @@ def plot(points: Sequence[Point], found: Found, file: Path) -> None:
     best = front(points)
     axes.step([p.figures.size for p in best], [p.figures.delta_wer for p in best], where="post", color="grey", linewidth=0.8)
     if found.winner is not None:
-        axes.plot(found.winner.figures.size, found.winner.figures.delta_wer, "r*", markersize=16, label=str(found.winner.candidate))
+        won = found.winner.figures
+        axes.plot(won.size, won.delta_wer, "r*", markersize=16, label=f"the winner, on all clips: {found.winner.candidate}")
         axes.legend(fontsize=7)
     axes.set(xlabel="size of the artifact, MB", ylabel="ΔWER on few clips, points", title="Search")
     figure.colorbar(drawn, label="median latency, ms")

@@ -1,4 +1,4 @@
-"""The training loop: AdamW over latent tensors, a state on disk that a killed run goes on from, and a stop where numbers break."""
+"""The training loop: AdamW over latent tensors, a state on disk to go on from after a kill, a stop where gradients break."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Schedule(Parameters):
     batch: int = Field(default=4, ge=1, description="windows in a step")
     rate: float = Field(default=5e-5, gt=0, description="peak learning rate; higher ones damage a converged model")
     data: Path | None = Field(
-        default=None, description="NeMo manifest or LibriSpeech folder of up to 30 s a clip; else the recipe's synthesised windows"
+        default=None, description="NeMo manifest or LibriSpeech folder, up to 30 s a clip; else the recipe's synthesised windows"
     )
     windows: int = Field(default=256, ge=1, description="how many windows to synthesise")
     seed: int = Field(default=0, description="of the windows and their order")

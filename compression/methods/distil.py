@@ -1,7 +1,7 @@
 """Distillation: a student of some of the teacher's layers learns to say what the teacher says (Hinton et al. 2015).
 
-The loss is α·CE + (1 − α)·T²·KL, by default with the teacher's own transcripts as labels, as Distil-Whisper (Gandhi et al. 2023)
-does; the teacher's likeliest tokens are written to disk once and serve every round, and every other student.
+The loss is α·CE + (1 − α)·T²·KL, by default with the teacher's own transcripts as labels (as Distil-Whisper's, Gandhi et al.
+2023); the teacher's likeliest tokens are written to disk once and serve every round, and every other student.
 """
 
 from __future__ import annotations

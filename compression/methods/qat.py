@@ -22,7 +22,7 @@ from compression.model import Model
 class Parameters(finetune.Parameters):
     """What to round, to what, and how to train."""
 
-    only: list[str] = Field(default=[], description="patterns of the weights to round, as model.decoder.*.fc?.weight; all if empty")
+    only: list[str] = Field(default=[], description="patterns of the weights to round, as model.decoder.*.fc?.weight; else all")
     bits: Literal[8, 4, 2] = Field(default=4, description="bits of a code; 2 is ternary: -1, 0 or 1")
     group: int | None = Field(default=None, ge=8, description="weights of a row that share a scale; else the whole row does")
     embedding: bool = Field(default=False, description="round the token embedding, which is the head too")

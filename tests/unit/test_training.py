@@ -62,7 +62,9 @@ def live(model) -> Live:
 
 @pytest.fixture
 def train(model, live, tmp_path) -> Callable[..., base.Applied]:
-    def run(onto=model, roundings=None, heard=None, progress=lambda stage: None, work=tmp_path / "work", **schedule) -> base.Applied:
+    def run(
+        onto=model, roundings=None, heard=None, progress=lambda stage: None, work=tmp_path / "work", **schedule
+    ) -> base.Applied:
         settings = Schedule(**{"steps": 2, "batch": 1, "rate": 1e-3} | schedule)
         made = latent.latents(onto, roundings or {})
         return training.train(onto, made, heard or Noise(), live, Weighing(1, 1, 1), settings, work, progress)
