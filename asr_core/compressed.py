@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from asr_core.checkpoint import Frozen
+from asr_core.dims import Frozen
 from asr_core.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from asr_export.cli import handle_errors, stage_progress
+from asr_export.search import main as search
 
 if TYPE_CHECKING:
     from asr_core.compressed import Effect
@@ -18,30 +19,44 @@ HEADER = ("tensor", "shape", "bits", "zeros", "rank", "error", "of outputs")
 WIDTHS = (0, 10, 6, 8, 5, 8, 10)
 
 
-@click.command(help=__doc__, epilog="Exit codes: see the README, section 'Exit codes'.")
+@click.group(invoke_without_command=True, help=__doc__, epilog="Exit codes: see the README, section 'Exit codes'.")
 @click.option("--model", default="reference", show_default=True, help="Checkpoint folder, hub id, or 'reference' (carried).")
 @click.option("--method", help="One of the methods (an unknown one lists them).")
 @click.option("-p", "--parameter", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter of the method.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="YAML file of several methods, instead of --method.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder of the compressed checkpoint.")
+@click.option("--out", type=click.Path(path_type=Path), help="New folder of the compressed checkpoint.  [required]")
+@click.option(
+    "--control",
+    type=click.Path(path_type=Path),
+    help="New folder for the dense control: the recipe's trainings alone, of the uncompressed checkpoint.",
+)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
     help="NeMo manifest or LibriSpeech folder; every other clip calibrates, the rest judge.  [default: the carried clips]",
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads of PyTorch.  [default: all processors]")
+@click.pass_context
 @handle_errors
 def main(
+    context: click.Context,
     model: str,
     method: str | None,
     settings: tuple[str, ...],
     recipe: Path | None,
-    out: Path,
+    out: Path | None,
+    control: Path | None,
     data: Path | None,
     threads: int | None,
 ) -> None:
     """Compress, say what it did to every layer, and how far the result is from the original on clips it has not seen."""
+    if context.invoked_subcommand is not None:
+        return
     from asr_core import registry
+    from asr_core.errors import UsageError
+
+    if out is None:
+        raise UsageError("--out is missing: the folder of the compressed checkpoint.")
 
     registry.require("compress")
     plan = _plan(method, settings, recipe)
@@ -49,17 +64,19 @@ def main(
 
     import reference
     from asr_core.checkpoint import Checkpoint
-    from compression.run import run
+    from compression.run import controls, run
     from parity.data import read
 
     if threads:
         torch.set_num_threads(threads)
     utterances = read(data or reference.manifest_path())
     source = Checkpoint.open(model)
+    runs = [(plan, out), *([(controls(source, plan), control)] if control else [])]
     with stage_progress() as progress:
         bar = progress.add_task(source.name, total=None, stage="")
-        made = run(source, plan, utterances, out, lambda stage: progress.update(bar, stage=stage))
-    _report(made)
+        made = [run(source, steps, utterances, folder, lambda stage: progress.update(bar, stage=stage)) for steps, folder in runs]
+    for one in made:
+        _report(one)
 
 
 def _plan(method: str | None, settings: tuple[str, ...], recipe: Path | None) -> list[Planned]:
@@ -98,3 +115,6 @@ def _cells(effect: Effect) -> tuple[str, ...]:
     rank = "" if effect.rank is None else str(effect.rank)
     figures = (share(effect.zeros), rank, share(effect.relative_error), share(effect.output_error))
     return (effect.tensor, shape, f"{effect.bits:.2f}", *figures)
+
+
+main.add_command(search, "search")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from pydantic import Field, ValidationError
 
 from asr_core import registry
-from asr_core.checkpoint import Frozen
+from asr_core.dims import Frozen
 from asr_core.compressed import Effect
 from asr_core.errors import UsageError
 from asr_core.isolate import Progress

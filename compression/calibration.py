@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,11 +127,15 @@ def _sounding(samples: NDArray[np.float32]) -> float:
 class Calibration:
     """The calibration windows of a run, and what a model computes on them.
 
-    Windows are made when they are first asked for: a method that needs none costs none.
+    Windows are made when they are first asked for: a method that needs none costs none. Methods that train find the run's
+    ``source`` here, a folder of their own in ``work``, and say in ``trained`` which clips they have heard.
     """
 
-    def __init__(self, make: Callable[[], list[Window]]) -> None:
+    def __init__(self, make: Callable[[], list[Window]], source: Checkpoint | None = None) -> None:
         self._make = make
+        self.source = source
+        self.work: Path | None = None
+        self.trained: set[str] = set()
         self._windows: list[Window] | None = None
         self._moments: tuple[Model, dict[str, Moments]] | None = None
 
@@ -144,7 +149,7 @@ class Calibration:
     @property
     def seen(self) -> list[str]:
         """The clips that any method has looked at, by their hashes."""
-        return sorted(window.clip for window in self._windows or [])
+        return sorted({window.clip for window in self._windows or []} | self.trained)
 
     def moments(self, model: Model) -> dict[str, Moments]:
         """Of the inputs of every linear layer, by its weight, when the model hears the windows."""

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from asr_core import build, compressed
-from asr_core.checkpoint import TOKENIZER_FILES, Checkpoint
+from asr_core.checkpoint import Checkpoint
+from asr_core.folder import TOKENIZER_FILES
 from asr_core.compressed import FormEntry, Record, Step
 from asr_core.errors import StorageError, UsageError
 from compression.model import Model

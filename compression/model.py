@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from asr_core import compressed
-from asr_core.checkpoint import EMBEDDING, HEAD, Checkpoint, Dims
+from asr_core.checkpoint import Checkpoint
+from asr_core.dims import EMBEDDING, HEAD, Dims
 from asr_core.compressed import Size
 from asr_core.errors import UsageError
 

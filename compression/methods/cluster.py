@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from asr_core.checkpoint import EMBEDDING
+from asr_core.dims import EMBEDDING
 from asr_core.errors import UsageError
 from asr_core.isolate import Progress
 from compression import linears

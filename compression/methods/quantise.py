@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from asr_core.checkpoint import EMBEDDING
+from asr_core.dims import EMBEDDING
 from asr_core.errors import UsageError
 from asr_core.isolate import Progress
 from compression import integers, linears
@@ -26,6 +26,7 @@ class Parameters(OnLinears):
     scale: Literal["tensor", "channel"] = Field(default="channel", description="what shares a scale, where group is not given")
     group: int | None = Field(default=None, ge=8, description="weights of a row that share a scale")
     rounding: Literal["nearest", "gptq"] = Field(default="gptq", description="nearest needs no calibration")
+    body: bool = Field(default=True, description="the linear layers; without them, only the embedding")
     embedding: bool = Field(
         default=False, description="the token embedding, which is the head too; always rounded to the nearest"
     )
@@ -33,7 +34,7 @@ class Parameters(OnLinears):
 
 def apply(model: Model, parameters: Parameters, calibration: Calibration, progress: Progress) -> Applied:
     """Round the chosen linear weights, the factors of factored ones, and the embedding where that is asked for."""
-    names = model.chosen(parameters.only) + [EMBEDDING] * parameters.embedding
+    names = (model.chosen(parameters.only) if parameters.body else []) + [EMBEDDING] * parameters.embedding
     for name in names:
         _check_group(name, model, parameters.group)
     moments = calibration.moments(model) if parameters.rounding == "gptq" else None
