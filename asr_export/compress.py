@@ -12,8 +12,8 @@ from asr_export.search import main as search
 
 if TYPE_CHECKING:
     from asr_core.compressed import Effect
-    from compression.recipe import Planned
-    from compression.run import Compressed
+    from compressors.recipe import Planned
+    from compressors.run import Compressed
 
 HEADER = ("tensor", "shape", "bits", "zeros", "rank", "error", "of outputs")
 WIDTHS = (0, 10, 6, 8, 5, 8, 10)
@@ -64,7 +64,7 @@ def main(
 
     import reference
     from asr_core.checkpoint import Checkpoint
-    from compression.run import controls, run
+    from compressors.run import controls, run
     from parity.data import read
 
     if threads:
@@ -81,7 +81,7 @@ def main(
 
 def _plan(method: str | None, settings: tuple[str, ...], recipe: Path | None) -> list[Planned]:
     from asr_core.errors import UsageError
-    from compression import recipe as recipes
+    from compressors import recipe as recipes
 
     if recipe and not method and not settings:
         return recipes.read(recipe)

@@ -14,9 +14,9 @@ import click
 from asr_export.cli import handle_errors, stage_progress
 
 if TYPE_CHECKING:
-    from compression.budget import Budget
-    from compression.lab import Workbench
-    from compression.search import Found, Point
+    from compressors.budget import Budget
+    from compressors.lab import Workbench
+    from compressors.search import Found, Point
 
 FRONT, PLOT, RECIPE, CHECKPOINT = "pareto.json", "pareto.png", "recipe.yaml", "checkpoint"
 HEADER = f"{'MB':>9} {'ΔWER':>7} {'p50 ms':>8} {'p95 ms':>8}  candidate"
@@ -29,7 +29,9 @@ HEADER = f"{'MB':>9} {'ΔWER':>7} {'p50 ms':>8} {'p95 ms':>8}  candidate"
 @click.option("--model", default="reference", show_default=True, help="Checkpoint folder, hub id, or 'reference' (carried).")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the search; the same one goes on.")
 @click.option("--trials", default=40, show_default=True, type=click.IntRange(1), help="Points to try.")
-@click.option("--data", type=click.Path(path_type=Path), help="NeMo manifest or LibriSpeech folder.  [default: the carried clips]")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="NeMo manifest or LibriSpeech folder.  [default: the carried clips]"
+)
 @click.option("--repair", default=0, show_default=True, type=click.IntRange(0), help="Steps of fine-tuning after every cut.")
 @click.option("--allow-slower", is_flag=True, help="Accept artifacts that are smaller but slower than the source's own.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of every measurement.")
@@ -53,7 +55,7 @@ def main(
     from asr_core import registry
     from asr_core.errors import UsageError
     from asr_export.export import plan
-    from compression.budget import parse
+    from compressors.budget import parse
 
     bounds = parse(budget)
     if target == "all":
@@ -62,9 +64,9 @@ def main(
     registry.require(target, "export", "compress")
     import reference
     from asr_core.checkpoint import Checkpoint
-    from compression.lab import Workbench
-    from compression.search import Search
-    from compression.space import Space
+    from compressors.lab import Workbench
+    from compressors.search import Search
+    from compressors.space import Space
     from parity.data import read
 
     source = Checkpoint.open(model)
@@ -85,7 +87,7 @@ def _write(found: Found, lab: Workbench, out: Path) -> None:
     """The front, its picture, and the winner; what an earlier search left under the winner's names is replaced."""
     import yaml
 
-    from compression import search
+    from compressors import search
 
     listed = [{"candidate": asdict(point.candidate), "figures": asdict(point.figures)} for point in search.front(found.points)]
     winner = found.winner and {"candidate": asdict(found.winner.candidate), "figures": asdict(found.winner.figures)}
@@ -104,7 +106,7 @@ def _write(found: Found, lab: Workbench, out: Path) -> None:
 
 def _report(found: Found, budget: Budget, out: Path) -> None:
     from asr_core.errors import GateError
-    from compression.search import front
+    from compressors.search import front
 
     click.echo("Pareto front, on few clips")
     click.echo(HEADER)

@@ -10,8 +10,8 @@ import reference
 from asr_core import compressed
 from asr_core.checkpoint import Checkpoint
 from asr_export.compress import main
-from compression import base, run, training
-from compression.recipe import Planned
+from compressors import base, run, training
+from compressors.recipe import Planned
 from parity import data
 
 
@@ -107,4 +107,3 @@ def test_broken_gradients_leave_a_good_checkpoint(shape_folder, manifest, tmp_pa
     (good,) = tmp_path.rglob("last-good")
     assert [step.method for step in compressed.read(good).chain] == ["finetune"]
     assert Checkpoint.open(good).dims == Checkpoint.open(model).dims
-

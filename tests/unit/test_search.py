@@ -9,12 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from asr_core.checkpoint import Checkpoint
-from asr_core.errors import UsageError
 from asr_export.compress import main
-from compression import base, budget, search
-from compression.budget import Figures
-from compression.search import Point, Search
-from compression.space import Candidate, Space
+from compressors import base, budget, search
+from compressors.budget import Figures
+from compressors.search import Point, Search
+from compressors.space import Candidate, Space
 from parity.compare import Row
 
 NAN = float("nan")
@@ -216,7 +215,7 @@ def test_the_picture(space, tmp_path):
 
 
 def test_figures_of_a_row():
-    from compression.lab import figures_of
+    from compressors.lab import figures_of
 
     row = Row("onnx", "int8", "undecided", "few", delta_wer=0.01, delta_wer_interval=[-0.005, 0.02], latency_p50_s=0.1,
               latency_p95_s=0.2, peak_rss_mb=300.0)  # fmt: skip

@@ -11,14 +11,14 @@ import reference
 from asr_core.checkpoint import Checkpoint
 from asr_core.decode import DecodeOptions
 from asr_core.errors import UsageError
-from compression import base, examples, integers, latent, teacher, training
-from compression.calibration import Calibration
-from compression.examples import IGNORED, Clips, Example
-from compression.latent import Latent, Rounding
-from compression.methods import distil, finetune
-from compression.model import DENSE, Form, Model
-from compression.teacher import Kept, Live, Top, Whole
-from compression.training import DivergedError, Schedule, Weighing
+from compressors import base, examples, integers, latent, training
+from compressors.calibration import Calibration
+from compressors.examples import IGNORED, Clips, Example
+from compressors.latent import Latent, Rounding
+from compressors.methods import distil, finetune
+from compressors.model import DENSE, Form, Model
+from compressors.teacher import Kept, Live, Top, Whole
+from compressors.training import DivergedError, Schedule, Weighing
 from parity import data
 from runners.base import open_runner
 
@@ -211,7 +211,7 @@ def test_broken_gradients_stop_at_the_last_good_model(train, model, tmp_path, mo
     assert not torch.equal(kept.tensors[FC1], good.tensors[FC1])
 
 
-def test_rounded_training_comes_nearer_than_rounding(train, model, live):
+def test_rounded_training_comes_nearer_than_rounding(train, model):
     """The loss of the ternary model falls: what is trained is the rounded weight's effect."""
     roundings = dict.fromkeys([name for block in model.blocks for name in block], Rounding(2, None))
     losses: list[float] = []
@@ -268,7 +268,7 @@ def test_a_teacher_is_asked_once(talkative, tmp_path, monkeypatch):
 
 
 def test_a_student_that_is_no_student(model):
-    heard = Calibration(lambda: [])
+    heard = Calibration(list)
     with pytest.raises(UsageError, match="decoder=3 is more than the 2 layers of the teacher"):
         distil.chosen(model, distil.Parameters(decoder=3), heard, lambda stage: None)
     assert distil.chosen(model, distil.Parameters(decoder=2), heard, lambda stage: None) is model
@@ -278,7 +278,7 @@ def test_a_student_that_is_no_student(model):
 # --- data
 
 
-def test_clips_are_written_as_transformers_writes_them(trained, tmp_path):
+def test_clips_are_written_as_transformers_writes_them(trained):
     from transformers import WhisperTokenizer
 
     utterance = data.read(reference.manifest_path())[0]
@@ -311,10 +311,10 @@ def test_synthesised_windows_are_kept(trained, tmp_path, monkeypatch):
 
 def test_training_on_clips_takes_them_off_the_judges(trained, tmp_path):
     clips = data.read(reference.manifest_path())[:2]
-    heard = Calibration(lambda: [])
+    heard = Calibration(list)
     wrapped = finetune.Heard(Clips(trained, clips), heard, tmp_path)
     clip = wrapped[0].clip
     assert heard.seen == [clip]
-    later = Calibration(lambda: [])
+    later = Calibration(list)
     finetune.Heard(Clips(trained, clips), later, tmp_path)
     assert later.seen == [clip]  # heard before the kill
