@@ -7,6 +7,7 @@ at a time and quantised on the way. An export's memory is that of the tools and 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ BLOCKS = (128, 64, 32, 16)
 # Float32 for the caller in every precision, by the names of all layouts.
 FLOAT_INPUTS = {"mel", "input_features", "encoder_hidden_states"}
 FLOAT_OUTPUTS = {"encoder_states", "last_hidden_state"}
-ROWS = 4096  # rows that are quantised at once: bounds the temporaries
+ROWS = 512  # rows that are quantised at once: bounds the temporaries
 LARGEST_Q8 = 127  # of signed 8-bit weights
 ZERO_POINT = 128  # of MatMulNBits' unsigned 8-bit weights
 
@@ -52,6 +53,8 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
         model = draft(describe, checkpoint, precision, name)
         progress(f"{name} weights")
         specs += ship(model, name, folder / f"{name}.onnx")
+        del model
+        gc.collect()  # graphs are full of cycles
     return specs
 
 
@@ -332,7 +335,8 @@ class _Rewriter:
             raise ExportError(f"model.{name} has rows of {k}; 8-bit blocks need a multiple of {BLOCKS[-1]}.")
 
         def unsigned() -> NDArray[np.uint8]:
-            return self._quantised(name, block)[0].view(np.uint8) ^ np.uint8(ZERO_POINT)
+            q8 = self._quantised(name, block)[0].view(np.uint8)
+            return np.bitwise_xor(q8, np.uint8(ZERO_POINT), out=q8)
 
         def scales() -> NDArray[np.float32]:
             return self._quantised(name, block)[1]
