@@ -77,6 +77,7 @@ def main(
     planned = plan(target, precision, layout)
     require_any({name for name, _ in planned})
     checkpoint = heads.choose(open_checkpoint(model, adapter), asked, source, out)
+    announce(checkpoint, planned)
     failures = []
     stale = []
     for name, chosen in planned:
@@ -112,6 +113,18 @@ def plan(target: str, precision: str, layout: str | None = None) -> list[tuple[s
             build.check_precision(name, one)
             pairs.append((name, one))
     return pairs
+
+
+def announce(checkpoint: Checkpoint, planned: list[tuple[str, str]]) -> None:
+    """Say on stderr, before anything is converted, which compact forms of the checkpoint will not reach which artifacts."""
+    from asr_core import build
+
+    losing: dict[str, list[str]] = {}
+    for target, precision in planned:
+        for notice in build.notices(checkpoint, target, precision):
+            losing.setdefault(notice, []).append(f"{target}-{precision}")
+    for notice, names in losing.items():
+        click.echo(f"Note: {notice} in {', '.join(names)}.", err=True)
 
 
 def require_any(targets: set[str]) -> None:

@@ -163,7 +163,7 @@ def test_the_side_file_stands_for_the_weights(chain, trained, model, applied, tm
     weights = load_file(checkpoint.path / "model.safetensors")
     assert record.forms
     for name in record.forms:
-        parts = compressed.read_form(checkpoint.path, record, name)
+        parts = checkpoint.forms.read(name)
         assert parts.keys() <= compressed.PARTS.keys()
         assert torch.allclose(rebuilt(parts), weights[name], atol=1e-6)
         if "mask" in parts:
