@@ -1,0 +1,167 @@
+"""The units of work that a fleet shares out: one artifact and one shard of the utterances, or the cases beside them.
+
+A worker process keeps one model open at a time, in a process of its own (as on one machine: one runtime a process, and what
+kills it does not kill the worker), for as long as its units ask for the same one. A unit's results are one file in the share.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+import threading
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from asr_core import isolate
+from asr_core.isolate import Outcome
+from parity.share import Share
+from parity.suite import Level
+
+ANSWER = "outcome.json"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One share of an artifact's measurement: what :func:`parity.measure.measure_part` needs, and where things lie in the share.
+
+    ``result`` is the file that it makes, ``model`` and ``inputs`` are published folders, ``timeout`` seconds of one unit.
+    """
+
+    name: str
+    result: str
+    target: str
+    model: str
+    inputs: str
+    probes: tuple[int, ...]
+    forced: tuple[tuple[int, ...], ...] | None
+    threads: int
+    max_new_tokens: int | None
+    level: Level | None
+    timeout: float | None
+
+
+class _Kept:
+    """The process in which a worker's present model is open; its units take turns."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._key: tuple[str, int] | None = None
+        self._process: isolate.Process | None = None
+
+    def process(self, model: str, threads: int) -> isolate.Process:
+        if self._process is None or self._process.ended or self._key != (model, threads):
+            self.close()
+            self._process, self._key = isolate.Process(threads), (model, threads)
+        return self._process
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close()
+        self._process = None
+
+
+_kept = _Kept()
+
+
+def run(unit: Unit, address: str) -> dict[str, Any]:
+    """Do a unit's work where its result isn't there yet; returns its outcome as a dictionary.
+
+    An outcome that is not ``ok`` leaves no result: the next attempt begins anew, with a new process.
+    """
+    with _kept.lock, tempfile.TemporaryDirectory(prefix="asr-export-unit-") as scratch:
+        share = Share(address, _cache(address))
+        if (known := finished(share, unit.result)) is not None:
+            return known
+        model = share.fetch(unit.model)
+        outcome = _kept.process(str(model), unit.threads).call(
+            "parity.measure:measure_part",
+            {
+                "target": unit.target,
+                "path": str(model),
+                "work": str(share.fetch(unit.inputs)),
+                "folder": scratch,
+                "probes": unit.probes,
+                "forced": unit.forced,
+                "threads": unit.threads,
+                "max_new_tokens": unit.max_new_tokens,
+                "level": unit.level,
+            },
+            timeout=unit.timeout,
+        )
+        answer = asdict(outcome) | {"error": outcome.error and [type(outcome.error).__name__, str(outcome.error)]}
+        answer["host"] = platform.node()
+        if outcome.status == "ok":
+            _store(share, unit.result, Path(scratch), answer)
+        else:
+            _kept.close()
+        return answer
+
+
+def close() -> None:
+    """End this worker's open model, whatever it is doing."""
+    _kept.close()
+
+
+def _cache(address: str) -> Path:
+    """What this worker process fetched from a share; it goes with the machine's temporary files."""
+    if address not in _caches:
+        _caches[address] = tempfile.TemporaryDirectory(prefix="asr-export-share-")
+    return Path(_caches[address].name)
+
+
+_caches: dict[str, tempfile.TemporaryDirectory[str]] = {}
+
+
+def _store(share: Share, result: str, scratch: Path, answer: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory(prefix="asr-export-unit-") as folder:
+        packed = Path(folder) / "result.zip"
+        with zipfile.ZipFile(packed, "w") as archive:
+            for file in sorted(scratch.iterdir()):
+                archive.write(file, file.name)
+            archive.writestr(ANSWER, json.dumps(answer))
+        share.put(packed, result)
+
+
+def finished(share: Share, result: str) -> dict[str, Any] | None:
+    """The outcome of a unit whose result is in the share; None where it is not, or not readable."""
+    if not share.exists(result):
+        return None
+    with tempfile.TemporaryDirectory(prefix="asr-export-unit-") as folder:
+        try:
+            return unpack(share, result, Path(folder))
+        except (OSError, zipfile.BadZipFile):
+            return None
+
+
+def unpack(share: Share, result: str, folder: Path) -> dict[str, Any]:
+    """Put a result's files into a folder; returns its outcome."""
+    packed = folder / "result.zip"
+    share.get(result, packed)
+    with zipfile.ZipFile(packed) as archive:
+        archive.extractall(folder)
+    packed.unlink()
+    answer: dict[str, Any] = json.loads((folder / ANSWER).read_text(encoding="utf-8"))
+    (folder / ANSWER).unlink()
+    return answer
+
+
+def shards(count: int, size: int) -> list[range]:
+    """``count`` utterances in pieces of at most ``size``, in their order."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def joined(outcomes: Sequence[dict[str, Any]]) -> Outcome:
+    """The outcome of a whole measurement from those of its units, shards in order: costs that say what all of them took.
+
+    The seconds add up; the load is the median one, the memory the largest.
+    """
+    costs = [outcome["result"] for outcome in outcomes]
+    loads = sorted(one["load_s"] for one in costs if "load_s" in one)
+    result = {key: value for one in reversed(costs) for key, value in one.items()}
+    result["load_s"] = loads[len(loads) // 2]
+    result["peak_rss_mb"] = max(one["peak_rss_mb"] for one in costs if "peak_rss_mb" in one)
+    return Outcome("ok", result, "", sum(one["seconds"] for one in outcomes), own_s=sum(one["own_s"] for one in outcomes))
