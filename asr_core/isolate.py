@@ -118,10 +118,10 @@ class Process:
         seconds = time.perf_counter() - started
         if not in_time:
             late = f"no answer within {timeout:.0f} s{_tail(self._log)}"
-            self._end()
+            self.end()
             return Outcome("timeout", {}, late, seconds)
         if not self._answer.exists():
-            self._end()
+            self.end()
             return Outcome("crashed", {}, _last_words(self._popen.returncode, self._log), seconds)
         outcome = _outcome(json.loads(self._answer.read_text(encoding="utf-8")), seconds)
         self._answer.unlink()
@@ -129,7 +129,7 @@ class Process:
 
     def close(self) -> None:
         """End the process, and all that it started."""
-        self._end()
+        self.end()
         self._kept.close()
 
     @property
@@ -160,7 +160,8 @@ class Process:
         self._listener.join()
         self._lines.put(DEAD)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Kill the process and what it started; a call that another thread waits for comes back as crashed."""
         if self.ended:
             return
         self.ended = True

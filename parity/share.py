@@ -124,7 +124,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
-        os.link(source, part)
+        os.link(source.resolve(), part)  # hub caches are full of links, which would lead nowhere from here
     except OSError:
         shutil.copyfile(source, part)
     part.replace(target)

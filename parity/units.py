@@ -11,24 +11,32 @@ import platform
 import tempfile
 import threading
 import zipfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from asr_core import isolate
+from asr_core import errors, isolate
+from asr_core.errors import UsageError
 from asr_core.isolate import Outcome
+from parity import resume
 from parity.share import Share
 from parity.suite import Level
 
 ANSWER = "outcome.json"
+MEASURE = "parity.measure:measure_part"
+# A window takes about this long for every parameter on one thread of a server, encoder and a sentence of decoding.
+PARAMETER_S = 1e-8
+UNIT_S = 30.0
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One share of an artifact's measurement: what :func:`parity.measure.measure_part` needs, and where things lie in the share.
+    """One share of an artifact's measurement: what :func:`parity.measure.measure_part` needs.
 
-    ``result`` is the file that it makes, ``model`` and ``inputs`` are published folders, ``timeout`` seconds of one unit.
+    ``result`` is the file that it makes in the share, ``model`` and ``inputs`` are folders published there; ``timeout`` is in
+    seconds. ``code`` is the version of the sources that all of a run's figures come from.
     """
 
     name: str
@@ -42,6 +50,7 @@ class Unit:
     max_new_tokens: int | None
     level: Level | None
     timeout: float | None
+    code: str
 
 
 class _Kept:
@@ -49,6 +58,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.unit = ""
         self._key: tuple[str, int] | None = None
         self._process: isolate.Process | None = None
 
@@ -63,47 +73,76 @@ class _Kept:
             self._process.close()
         self._process = None
 
+    def end(self) -> None:
+        """Kill the process, whoever is waiting for it."""
+        if self._process is not None:
+            self._process.end()
+
 
 _kept = _Kept()
 
 
-def run(unit: Unit, address: str) -> dict[str, Any]:
+def run(unit: Unit, address: str, begun: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Do a unit's work where its result isn't there yet; returns its outcome as a dictionary.
 
-    An outcome that is not ``ok`` leaves no result: the next attempt begins anew, with a new process.
+    An outcome that is not ``ok`` leaves no result: the next attempt begins anew, with a new process. ``begun`` is called when
+    it is this unit's turn.
     """
+    if unit.code != _code():
+        what = f"worker {platform.node()} has other sources of asr-export than this run. Install the same version there."
+        return _answer(Outcome("error", {}, what, 0.0, UsageError(what)))
     with _kept.lock, tempfile.TemporaryDirectory(prefix="asr-export-unit-") as scratch:
+        _kept.unit = unit.name
+        begun()
         share = Share(address, _cache(address))
         if (known := finished(share, unit.result)) is not None:
             return known
-        model = share.fetch(unit.model)
-        outcome = _kept.process(str(model), unit.threads).call(
-            "parity.measure:measure_part",
-            {
-                "target": unit.target,
-                "path": str(model),
-                "work": str(share.fetch(unit.inputs)),
-                "folder": scratch,
-                "probes": unit.probes,
-                "forced": unit.forced,
-                "threads": unit.threads,
-                "max_new_tokens": unit.max_new_tokens,
-                "level": unit.level,
-            },
-            timeout=unit.timeout,
-        )
-        answer = asdict(outcome) | {"error": outcome.error and [type(outcome.error).__name__, str(outcome.error)]}
-        answer["host"] = platform.node()
+        outcome = _measure(unit, share, scratch)
+        answer = _answer(outcome)
         if outcome.status == "ok":
             _store(share, unit.result, Path(scratch), answer)
         else:
             _kept.close()
+        _kept.unit = ""
         return answer
 
 
-def close() -> None:
-    """End this worker's open model, whatever it is doing."""
-    _kept.close()
+def _measure(unit: Unit, share: Share, folder: str) -> Outcome:
+    model = str(share.fetch(unit.model))
+    arguments = {
+        "target": unit.target,
+        "path": model,
+        "work": str(share.fetch(unit.inputs)),
+        "folder": folder,
+        "probes": unit.probes,
+        "forced": unit.forced,
+        "threads": unit.threads,
+        "max_new_tokens": unit.max_new_tokens,
+        "level": unit.level,
+    }
+    return _kept.process(model, unit.threads).call(MEASURE, arguments, timeout=unit.timeout)
+
+
+def abandon(name: str | None = None) -> None:
+    """End this worker's open model if it works on the unit of that name; without one, whatever it is doing."""
+    if name in {None, _kept.unit}:
+        _kept.end()
+
+
+def outcome_of(answer: dict[str, Any]) -> Outcome:
+    """The outcome that :func:`run` returned as a dictionary."""
+    kind, message = answer["error"] or ("", "")
+    return Outcome(**answer | {"error": getattr(errors, kind)(message) if kind else None})
+
+
+def _answer(outcome: Outcome) -> dict[str, Any]:
+    error = outcome.error and [type(outcome.error).__name__, str(outcome.error)]
+    return vars(outcome) | {"error": error}
+
+
+@cache
+def _code() -> str:
+    return resume.code_version()
 
 
 def _cache(address: str) -> Path:
@@ -147,6 +186,11 @@ def unpack(share: Share, result: str, folder: Path) -> dict[str, Any]:
     answer: dict[str, Any] = json.loads((folder / ANSWER).read_text(encoding="utf-8"))
     (folder / ANSWER).unlink()
     return answer
+
+
+def size(parameters: int) -> int:
+    """Utterances that make about half a minute of work with a model of so many parameters."""
+    return max(1, round(UNIT_S / (PARAMETER_S * parameters)))
 
 
 def shards(count: int, size: int) -> list[range]:
