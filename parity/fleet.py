@@ -362,7 +362,7 @@ def work(unit: Unit, address: str, key: str) -> dict[str, Any]:
     return units.run(unit, address, lambda: worker.log_event(TOPIC, {"key": key, "worker": worker.address}))
 
 
-async def abandon(name: str | None) -> None:  # noqa: RUF029 - Dask waits for no function that is not a coroutine
+async def abandon(name: str | None) -> None:  # Dask can leave only coroutines unwaited for
     """As :func:`parity.units.abandon`, for a worker that nobody waits for: it may be frozen."""
     units.abandon(name)
 
