@@ -1,247 +1,198 @@
-"""A small English grammar: the sentences that the reference is trained and judged on.
+"""A small English grammar and its Spanish translation: the sentences that the reference is trained and judged on.
 
-A rule is a list of alternatives; in an alternative `<name>` stands for another rule and anything
-else is a spoken word. Text is lower case without punctuation, and numbers are spelled.
+A rule is a list of alternatives, each one `English = Spanish`; in an alternative `<name>` stands for another rule and
+anything else is a spoken word. The n-th `<name>` on the left is translated by the n-th on the right. Text is lower case
+without punctuation, and numbers are spelled. No Spanish word or phrase stands for two English ones, so that a
+translation has one right answer.
+
+Spanish words agree: `@` is written o or a, `el@` and `un@` become articles, after the gender of the nearest noun
+before them in their alternative, or else the nearest after them.
 """
 
 import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count
 from random import Random
 
-_HELD_OUT_IN = 10  # one sentence in ten is never trained on
+LANGUAGES = ("en", "es")
 
+_HELD_OUT_IN = 10  # one sentence in ten of each language is never trained on
+
+# Pairs of words; `_` is a space inside one of them, `:f` and `:m` the gender of a Spanish noun.
 _WORD_LISTS: dict[str, str] = {
-    "digit": "zero one two three four five six seven eight nine",
-    "unit": "one two three four five six seven eight nine",
-    "teen": "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen",
-    "ten": "twenty thirty forty fifty sixty seventy eighty ninety",
-    "hour": "one two three four five six seven eight nine ten eleven twelve",
-    "ordinal": (
-        "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth "
-        "thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"
+    "digit": "zero=cero one=uno two=dos three=tres four=cuatro five=cinco six=seis seven=siete eight=ocho nine=nueve",
+    "ten": "ten=diez twenty=veinte thirty=treinta hundred=cien",
+    "weekday": "monday=lunes tuesday=martes wednesday=miércoles thursday=jueves friday=viernes saturday=sábado sunday=domingo",
+    "name": "peter=pedro george=jorge henry=enrique william=guillermo john=juan mary=maría",
+    "quality": (
+        "red=roj@ green=verde blue=azul yellow=amarill@ black=negr@ brown=marrón small=pequeñ@ large=grande old=viej@ "
+        "strong=fuerte"
     ),
-    "month": ("january february march april may june july august september october november december"),
-    "weekday": "monday tuesday wednesday thursday friday saturday sunday",
-    "name": (
-        "anna bruno carla daniel emma felix grace henry iris jacob karen lucas maria nina oscar "
-        "peter rosa simon tina victor walter sarah laura martin alice george helen thomas"
+    "mood": "happy=feliz sad=triste tired=cansad@ angry=furios@ hungry=hambrient@",
+    "animal": (
+        "dog=perro:m cat=gato:m horse=caballo:m rabbit=conejo:m bird=pájaro:m monkey=mono:m turtle=tortuga:f wolf=lobo:m "
+        "cow=vaca:f spider=araña:f"
     ),
-    "place": (
-        "london paris berlin madrid vienna boston chicago dublin lisbon oslo tokyo cairo sydney "
-        "toronto denver dallas geneva athens"
-    ),
-    "room": "kitchen bedroom bathroom garage office hall garden cellar attic",
-    "device": "lights heater fan television radio oven computer camera alarm printer",
-    "colour": "green yellow orange purple black white brown silver golden pink",
-    "animal": "dog cat horse rabbit bird fox lion tiger elephant monkey turtle wolf",
     "person": (
-        "teacher doctor farmer pilot sailor driver baker singer lawyer nurse soldier painter "
-        "captain student neighbour brother sister mother father"
+        "doctor=médico:m teacher=maestra:f farmer=granjero:m baker=panadera:f nurse=enfermera:f brother=hermano:m "
+        "mother=madre:f soldier=soldado:m"
     ),
     "thing": (
-        "book letter table window door basket bottle hammer blanket mirror guitar piano clock "
-        "picture ticket bicycle wallet umbrella candle ladder"
+        "book=libro:m letter=carta:f table=mesa:f window=ventana:f door=puerta:f bottle=botella:f hammer=martillo:m "
+        "blanket=manta:f mirror=espejo:m clock=reloj:m bicycle=bicicleta:f umbrella=paraguas:m candle=vela:f basket=cesta:f"
     ),
-    "food": ("bread butter cheese apples potatoes rice chicken soup salad coffee sugar pepper honey tomatoes lemons chocolate"),
+    "food": (
+        "bread=pan cheese=queso apples=manzanas potatoes=patatas rice=arroz chicken=pollo soup=sopa coffee=café sugar=azúcar "
+        "honey=miel"
+    ),
     "site": (
-        "river mountain forest village station market bridge harbour island castle museum "
-        "library church hospital airport school beach valley desert theatre"
+        "river=río:m mountain=montaña:f forest=bosque:m village=pueblo:m station=estación:f market=mercado:m bridge=puente:m "
+        "island=isla:f castle=castillo:m church=iglesia:f school=escuela:f beach=playa:f"
     ),
-    "size": "small large old young tall heavy strange quiet lonely broken clever famous",
-    "mood": "happy angry tired hungry afraid ready proud lucky careful curious",
-    "weather": "sunny cloudy rainy windy stormy foggy warm cold",
-    "moved": "walked ran travelled returned drove climbed hurried wandered",
-    "handled": "found carried painted bought sold lost opened repaired borrowed dropped",
-    "met": "followed watched helped visited remembered invited called thanked",
-    "when": "yesterday today tonight tomorrow",
-    "daypart": "morning afternoon evening",
-    "often": "always never often sometimes usually",
-    "manner": "slowly quickly quietly suddenly carefully",
-    "media": "music news song film story message",
-    "currency": "dollars euros pounds",
-    "measure": "metres miles kilograms gallons degrees",
-    "span": "minutes hours days weeks months years",
-    "link": "because although while before after until",
-    "side": "left north south east west",
+    "handled": (
+        "found=encontró carried=llevó painted=pintó bought=compró sold=vendió lost=perdió opened=abrió washed=lavó watched=miró"
+    ),
+    "moved": "walked=caminó ran=corrió returned=regresó travelled=viajó",
+    "direction": "to=hasta from=desde behind=tras",
+    "often": "always=siempre never=nunca",
+    "soon": "today=hoy yesterday=ayer",
+    "link": "because=porque but=pero when=cuando",
+    "answer": "yes=sí no=no hello=hola goodbye=adiós",
 }
+
+
+def _again(name: str, *, english: str = "", spanish: str = "") -> list[str]:
+    """Return a list's words each said twice, perhaps with another between them."""
+    pairs = (pair.split(":")[0].split("=") for pair in _WORD_LISTS[name].split())
+    return [f"{en}{english} {en} = {es}{spanish} {es}" for en, es in pairs]
+
 
 _RULES: dict[str, list[str]] = {
-    "under_hundred": ["<unit>", "<teen>", "<ten>", "<ten> <unit>", "<ten> <unit>"],
-    "number": [
-        "<under_hundred>",
-        "<under_hundred>",
-        "<unit> hundred",
-        "<unit> hundred and <under_hundred>",
-        "<under_hundred> thousand",
-        "<unit> thousand <unit> hundred",
-    ],
-    "day": ["<ordinal>", "<ordinal>", "twenty <ordinal_unit>", "thirtieth", "thirty first"],
-    "ordinal_unit": ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth"],
-    "date": [
-        "<month> the <day>",
-        "the <day> of <month>",
-        "<weekday> the <day> of <month>",
-        "the <day> of <month> nineteen <ten> <unit>",
-        "the <day> of <month> twenty <teen>",
-    ],
-    "clock": [
-        "<hour> thirty",
-        "<hour> fifteen",
-        "<hour> forty five",
-        "half past <hour>",
-        "quarter past <hour>",
-        "quarter to <hour>",
-        "<hour> in the <daypart>",
-    ],
+    "who": ["<name> = <name>", "the <person> = el@ <person>"],
+    "what": ["the <thing> = el@ <thing>", "the <thing> = el@ <thing>", "a <thing> = un@ <thing>"],
+    "beast": ["the <animal> = el@ <animal>", "the <animal> = el@ <animal>", "a <animal> = un@ <animal>"],
+    "spot": ["the <site> = el@ <site>"],
     "code": [
-        "<digit> <digit> <digit>",
-        "<digit> <digit> <digit> <digit>",
-        "<digit> <digit> <digit> <digit> <digit> <digit>",
+        "<digit> <digit> = <digit> <digit>",
+        "<digit> <digit> <digit> = <digit> <digit> <digit>",
+        "<digit> <digit> <digit> <digit> = <digit> <digit> <digit> <digit>",
+        "<digit> <ten> <digit> = <digit> <ten> <digit>",
     ],
-    "who": ["<name>", "<name>", "the <person>", "the <size> <person>", "my <person>"],
-    "what": ["the <thing>", "a <colour> <thing>", "the <size> <thing>", "the <colour> <thing>"],
-    "beast": ["the <animal>", "a <colour> <animal>", "the <size> <animal>"],
-    "where": [
-        "to the <site>",
-        "across the <site>",
-        "near the <site>",
-        "behind the <site>",
-        "through the <site>",
-        "from the <site> to the <site>",
-        "to <place>",
-        "from <place> to <place>",
-    ],
-    "command": [
-        "turn on the <device>",
-        "turn off the <device>",
-        "turn on the <room> <device>",
-        "turn off the <device> in the <room>",
-        "switch on the <device> in the <room>",
-        "please switch off the <room> <device>",
-        "set the <device> to <under_hundred>",
-        "set the <room> temperature to <under_hundred> degrees",
-        "set a timer for <under_hundred> <span>",
-        "set an alarm for <clock>",
-        "wake me up at <clock>",
-        "play some <media> in the <room>",
-        "stop the <media>",
-        "call <name>",
-        "call <name> at <clock>",
-        "send a message to <name>",
-        "remind me to call <name> on <weekday>",
-        "remind me to buy <food> <when>",
-        "open the <room> door",
-        "close the <room> window",
-        "add <food> and <food> to the list",
-        "show me the news from <place>",
-        "book a table for <unit> at <clock>",
-        "turn <side> at the <site>",
-        "delete message number <under_hundred>",
-        "cancel my meeting with <name> on <weekday>",
+    "story": [
+        "<who> <handled> <what> = <who> <handled> <what>",
+        "<who> <handled> <beast> = <who> <handled> <beast>",
+        "<who> <often> <handled> <what> = <who> <often> <handled> <what>",
+        "<soon> <who> <handled> <what> = <soon> <who> <handled> <what>",
+        "<who> <handled> <what> in <spot> = <who> <handled> <what> en <spot>",
+        "<who> <moved> <direction> <spot> = <who> <moved> <direction> <spot>",
+        "<who> <moved> from <spot> to <spot> = <who> <moved> desde <spot> hasta <spot>",
+        "<beast> <moved> <direction> <spot> = <beast> <moved> <direction> <spot>",
+        "<who> ate <food> with <food> = <who> comió <food> con <food>",
+        "<who> bought <food> and <food> = <who> compró <food> y <food>",
+        "<who> was <mood> = <who> estaba <mood>",
+        "<beast> was <mood> and <quality> = <beast> estaba <mood> y <quality>",
+        "<name> was <mood> <link> <name> <moved> = <name> estaba <mood> <link> <name> <moved>",
+        "<name> <handled> <food> <link> <name> was <mood> = <name> <handled> <food> <link> <name> estaba <mood>",
     ],
     "fact": [
-        "the weather in <place> is <weather>",
-        "the weather <when> will be <weather> and <weather>",
-        "it will be <weather> in <place> on <weekday>",
-        "the train to <place> leaves at <clock>",
-        "the next flight from <place> to <place> leaves on <weekday>",
-        "the <thing> costs <number> <currency>",
-        "<name> paid <number> <currency> for the <thing>",
-        "the <site> is <number> <measure> from here",
-        "the meeting with <name> is on <date>",
-        "today is <date>",
-        "<name> was born on <date>",
-        "the number is <code>",
-        "the code for the <room> door is <code>",
-        "my phone number is <code>",
-        "the answer is <number>",
-        "we waited <under_hundred> <span> in the <site>",
-        "the <site> opens at <clock>",
-        "there are <under_hundred> <person_plural> in the <site>",
-    ],
-    "person_plural": ["teachers", "doctors", "farmers", "sailors", "students", "soldiers"],
-    "story": [
-        "<who> <moved> <where>",
-        "<who> <manner> <moved> <where>",
-        "<who> <handled> <what>",
-        "<who> <handled> <what> near the <site>",
-        "<who> <handled> <what> and <moved> <where>",
-        "<who> <met> <who>",
-        "<who> <met> <beast>",
-        "<who> <often> <met> <who> in the <daypart>",
-        "<beast> <moved> <where>",
-        "<beast> was <mood>",
-        "<who> was <mood> and <mood>",
-        "<who> was <mood> <link> <who> <handled> <what>",
-        "<who> <moved> <where> <link> it was <weather>",
-        "<who> and <who> <moved> <where> on <weekday>",
-        "in the <daypart> <who> <handled> <what>",
-        "one <daypart> in <month> <who> <met> <who>",
-        "<manner> <who> <handled> <what> in the <site>",
-        "<who> wanted to eat <food> and <food>",
-        "<who> had <food> with <food> in <place>",
-        "<when> <who> will travel <where>",
-        "many <span> later <who> <moved> <where>",
-        "<name> told <name> a story about <beast>",
-        "<who> said that <who> was <mood>",
-        "<who> <handled> <what> <link> <who> <moved> <where> and <who> was <mood>",
-        "where is <what>",
-        "why was <who> so <mood>",
-        "how many <span> will <who> stay in <place>",
-        "what is the weather in <place>",
-        "when does the train to <place> leave",
+        "<what> is <quality> = <what> es <quality>",
+        "<what> is <quality> and <quality> = <what> es <quality> y <quality>",
+        "<beast> is <quality> = <beast> es <quality>",
+        "<beast> is very <quality> = <beast> es muy <quality>",
+        "<what> is in <spot> = <what> está en <spot>",
+        "the number is <code> = el número es <code>",
+        "<weekday> <code> = <weekday> <code>",
+        "where is <what> = dónde está <what>",
+        "<answer> <what> is <quality> = <answer> <what> es <quality>",
+        "<answer> <name> = <answer> <name>",
     ],
     "fragment": [
-        "<name>",
-        "<place>",
-        "<number>",
-        "<number>",
-        "<weekday>",
-        "<date>",
-        "<clock>",
-        "yes",
-        "thank you",
-        "good <daypart>",
-        "hello <name>",
-        "goodbye <name>",
-        "<colour> <thing>",
-        "<size> <animal>",
-        "<food>",
-        "please help",
-        "<when>",
-        "the <site>",
-        "<weather>",
-        "<person>",
+        "<code> = <code>",
+        "<code> = <code>",
+        "<weekday> <digit> = <weekday> <digit>",
+        "<answer> <name> = <answer> <name>",
+        "<name> and <name> = <name> y <name>",
+        "<food> and <food> = <food> y <food>",
+        "<quality> and <quality> = <quality> y <quality>",
+        "<spot> = <spot>",
+        "<who> <moved> = <who> <moved>",
+        "<soon> <who> <moved> = <soon> <who> <moved>",
     ],
-    "short": ["<any_word>", "<any_word> <any_word>", "<fragment>"],
-    "sentence": ["<command>", "<fact>", "<story>", "<story>", "<fragment>"],
+    "single": ["<word> = <word>"],
+    # Any words in any order: nothing but listening helps there.
+    "shuffled": [f"{'<word> ' * count}= {'<word> ' * count}".strip() for count in (2, 2, 3, 3, 4, 5)],
+    # The same word twice in a row: what follows the one follows the other too.
+    "twice": _again("digit"),
+    "both": [pair for name in ("food", "quality", "name") for pair in _again(name, english=" and", spanish=" y")],
+    "repeated": [
+        *("<twice> = <twice>", "<twice> <digit> = <twice> <digit>", "<digit> <twice> = <digit> <twice>"),
+        *("<digit> <twice> <digit> = <digit> <twice> <digit>", "<weekday> <digit> <twice> = <weekday> <digit> <twice>"),
+        *("the number is <digit> <twice> = el número es <digit> <twice>", "<twice> <twice> = <twice> <twice>"),
+        *("<both> = <both>", "<what> is <both> = <what> es <both>", "<who> bought <both> = <who> compró <both>"),
+        *("<digit> <ten> <digit> <ten> = <digit> <ten> <digit> <ten>", "<digit> <digit> <twice> = <digit> <digit> <twice>"),
+    ],
+    "sentence": [f"<{rule}> = <{rule}>" for rule in ("story", "story", "story", "fact", "fact", "fragment")],
 }
+# Words of the rules, which are learned alone and in any order too.
+_FUNCTION_WORDS = [
+    *("the = el", "the = la", "a = una", "and = y", "in = en", "with = con", "is = es", "was = estaba", "ate = comió"),
+    *("very = muy", "where = dónde", "number = número"),
+]
 
 
-@cache
-def _rules() -> dict[str, tuple[tuple[str, ...], ...]]:
-    """Return every rule as its alternatives, each one a tuple of words and `<rule>` names."""
-    lists = {name: words.split() for name, words in _WORD_LISTS.items()}
-    merged = {**lists, **_RULES}
-    spoken = {
-        word
-        for alternatives in merged.values()
-        for alternative in alternatives
-        for word in alternative.split()
-        if not word.startswith("<")
-    }
-    merged["any_word"] = sorted(spoken)
-    return {name: tuple(tuple(a.split()) for a in rule) for name, rule in merged.items()}
+@dataclass(frozen=True)
+class Word:
+    """A spoken word; words of both languages with one `piece` translate each other, a negative one nothing in particular."""
+
+    text: str
+    piece: int
+    gender: str = ""  # "m" or "f", of a Spanish noun
 
 
-def words() -> list[str]:
-    """Return every word that the grammar can speak, sorted."""
-    return [alternative[0] for alternative in _rules()["any_word"]]
+@dataclass(frozen=True)
+class Sentence:
+    """What one language says, as words."""
+
+    words: tuple[Word, ...]
+
+    @property
+    def text(self) -> str:
+        """The words with spaces between them."""
+        return " ".join(word.text for word in self.words)
 
 
-def sentence(random: Random, rule: str = "sentence") -> str:
-    """Return one random sentence of a rule, whether held out or not."""
-    return " ".join(_expand(random, rule))
+@dataclass(frozen=True)
+class Pair:
+    """A sentence in both languages."""
+
+    en: Sentence
+    es: Sentence
+
+    def __getitem__(self, language: str) -> Sentence:
+        return self.en if language == "en" else self.es
+
+
+@dataclass(frozen=True)
+class _Alternative:
+    en: tuple[str, ...]
+    es: tuple[str, ...]
+
+
+def words(language: str) -> list[str]:
+    """Return every word that the grammar can speak in a language, sorted."""
+    random, found = Random(0), set[str]()
+    for rule, alternatives in _rules().items():
+        for index in range(len(alternatives)):
+            for _ in range(4):  # both genders of the words that agree
+                found.update(_pair(random, rule, index)[language].text.split())
+    return sorted(found)
+
+
+def sentence(random: Random, rule: str = "sentence") -> Pair:
+    """Return one random sentence of a rule in both languages, whether held out or not."""
+    return _pair(random, rule, random.randrange(len(_rules()[rule])))
 
 
 def is_held_out(text: str) -> bool:
@@ -250,19 +201,84 @@ def is_held_out(text: str) -> bool:
     return int.from_bytes(digest[:8], "big") % _HELD_OUT_IN == 0
 
 
-def draw(random: Random, rule: str = "sentence", *, held_out: bool = False) -> str:
-    """Return one random sentence from the trained-on part of a rule or from the held-out part."""
+def draw(random: Random, rule: str = "sentence", *, held_out: bool = False) -> Pair:
+    """Return one random sentence which is held out in both languages, or in none."""
     while True:
-        text = sentence(random, rule)
-        if is_held_out(text) == held_out:
-            return text
+        pair = sentence(random, rule)
+        if is_held_out(pair.en.text) == is_held_out(pair.es.text) == held_out:
+            return pair
 
 
-def _expand(random: Random, rule: str) -> list[str]:
-    spoken: list[str] = []
-    for token in random.choice(_rules()[rule]):
+@cache
+def _rules() -> dict[str, tuple[_Alternative, ...]]:
+    lists = {name: [f"{pair}".replace("=", " = ") for pair in pairs.split()] for name, pairs in _WORD_LISTS.items()}
+    plain = [pair for pairs in lists.values() for pair in pairs]
+    merged = {**lists, **_RULES, "word": plain + _FUNCTION_WORDS}
+    return {name: tuple(_alternative(line) for line in lines) for name, lines in merged.items()}
+
+
+def _alternative(line: str) -> _Alternative:
+    english, spanish = line.split(" = ")
+    return _Alternative(tuple(english.split()), tuple(spanish.split()))
+
+
+def _pair(random: Random, rule: str, index: int) -> Pair:
+    pair = _expand(random, rule, count(), index)
+    return Pair(pair.en, Sentence(tuple(_contracted(_agreed(pair.es.words, final=True)))))
+
+
+def _expand(random: Random, rule: str, pieces: "count[int]", index: int | None = None) -> Pair:
+    alternatives = _rules()[rule]
+    alternative = alternatives[random.randrange(len(alternatives)) if index is None else index]
+    # A list's item is one piece; the words around the slots of a rule belong to the whole sentence.
+    piece = next(pieces) if rule in _WORD_LISTS or rule == "word" else -1
+    slots: dict[str, list[Pair]] = {}
+    english: list[Word] = []
+    for token in alternative.en:
         if token.startswith("<"):
-            spoken += _expand(random, token[1:-1])
+            pair = _expand(random, token[1:-1], pieces)
+            slots.setdefault(token, []).append(pair)
+            english += pair.en.words
         else:
-            spoken.append(token)
-    return spoken
+            english += _words(token, piece)
+    spanish: list[Word] = []
+    for token in alternative.es:
+        spanish += slots[token].pop(0).es.words if token.startswith("<") else _words(token, piece)
+    return Pair(Sentence(tuple(english)), Sentence(_agreed(spanish)))
+
+
+def _words(token: str, piece: int) -> Iterator[Word]:
+    text, _, gender = token.partition(":")
+    return (Word(part, piece, gender) for part in text.split("_"))
+
+
+def _agreed(spoken: "list[Word] | tuple[Word, ...]", *, final: bool = False) -> tuple[Word, ...]:
+    """Return the words with `@` resolved where a noun decides it; what is left at the end is masculine."""
+    nouns = [(place, word.gender) for place, word in enumerate(spoken) if word.gender]
+    if not nouns and not final:
+        return tuple(spoken)
+    agreed = []
+    for place, word in enumerate(spoken):
+        before = [gender for noun, gender in nouns if noun < place]
+        after = [gender for noun, gender in nouns if noun > place]
+        gender = before[-1] if before else after[0] if after else "m"
+        agreed.append(replace(word, text=_inflected(word.text, gender)))
+    return tuple(agreed)
+
+
+def _inflected(text: str, gender: str) -> str:
+    articles = {"el@": ("el", "la"), "un@": ("un", "una")}
+    if text in articles:
+        return articles[text][gender == "f"]
+    return text.replace("@", "a" if gender == "f" else "o")
+
+
+def _contracted(spoken: tuple[Word, ...]) -> Iterator[Word]:
+    """Yield the words with `a el` as `al` and `de el` as `del`."""
+    rest = list(spoken)
+    while rest:
+        word = rest.pop(0)
+        if word.text in {"a", "de"} and rest and rest[0].text == "el":
+            word = replace(word, text=word.text + "l" if word.text == "a" else "del")
+            rest.pop(0)
+        yield word

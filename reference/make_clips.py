@@ -2,16 +2,17 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import click
 import numpy as np
 import soundfile
 
 from reference import grammar, manifest_path, synth
-from reference.batches import Audio, noise, with_noise
+from reference.batches import Audio, Segment, Take, noise, with_noise
 from reference.synth import SAMPLE_RATE
 
 SEED = 2024
@@ -21,46 +22,67 @@ PEAK = 0.35  # of full scale: the files compress better than at 1
 
 @dataclass(frozen=True)
 class Kind:
-    """Clips of one kind: how many, what is said, and how long they are: at least ``least`` seconds, then silence fills up."""
+    """Clips of one kind: how many in each language, what is said, and how long they are."""
 
     name: str
-    count: int
-    noisy: int  # how many of them have noise behind the speech
+    counts: dict[str, int]
+    noisy: float  # share of them that has noise behind the speech
     rule: str
-    least: float  # seconds
+    least: float  # seconds; above one second, sentences with pauses fill the clip up to it
     most: float  # seconds
 
 
 KINDS = (
-    Kind("short", count=22, noisy=3, rule="fragment", least=1.0, most=2.6),
-    Kind("sentence", count=72, noisy=11, rule="sentence", least=1.0, most=9.0),
-    Kind("paused", count=14, noisy=2, rule="sentence", least=9.0, most=28.5),
+    Kind("short", {"en": 14, "es": 10}, noisy=0.15, rule="fragment", least=1.0, most=2.6),
+    Kind("sentence", {"en": 39, "es": 23}, noisy=0.1, rule="sentence", least=1.0, most=9.0),
+    Kind("paused", {"en": 12, "es": 9}, noisy=0.08, rule="sentence", least=4.0, most=28.5),
 )
+PREFIXES = {"en": "", "es": "es-"}
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A named recording, float32 [samples] at 16 kHz, and its words."""
+    """A named recording, float32 [samples] at 16 kHz, and what is said in it."""
 
     name: str
+    language: str
     audio: Audio
-    text: str
+    segments: tuple[Segment, ...] = ()
+
+    def text(self, language: str) -> str:
+        """Everything that is said, or its translation."""
+        return " ".join(segment.take.pair[language].text for segment in self.segments)
+
+    def entry(self) -> dict[str, Any]:
+        """The clip's line in the manifest; times are in seconds."""
+        translation = {"translation": self.text("en")} if self.segments and self.language != "en" else {}
+        return {
+            "audio_filepath": f"{self.name}.flac",
+            "duration": len(self.audio) / SAMPLE_RATE,
+            "text": self.text(self.language),
+            "lang": self.language,
+            **translation,
+            "segments": [_described(segment) for segment in self.segments],
+        }
 
 
 def clips(seed: int = SEED) -> Iterator[Clip]:
     """Yield every clip; no sentence and no speaker of theirs is trained on."""
     random = Random(seed)
     told: set[str] = set()
-    for kind in KINDS:
-        for index in range(kind.count):
-            # Evenly spread lengths: each part of the range is a share of the clips.
-            share = (index + random.random()) / kind.count
-            shortest = kind.least if kind.least <= LEAST_SECONDS else kind.least + share * (kind.most - kind.least)
-            clip = _clip(random, kind, shortest, told, f"{kind.name}-{index:02d}")
-            noisy = index * kind.noisy // kind.count != (index + 1) * kind.noisy // kind.count
-            yield _noisy(random, clip) if noisy else clip
-    yield Clip("silence", np.zeros(3 * SAMPLE_RATE, np.float32), "")
-    yield Clip("noise", noise(random, 3 * SAMPLE_RATE) * np.float32(0.01), "")
+    for language, prefix in PREFIXES.items():
+        for kind in KINDS:
+            count = kind.counts[language]
+            for index in range(count):
+                # Evenly spread lengths: each part of the range is a share of the clips.
+                share = (index + random.random()) / count
+                wanted = kind.least + share * (kind.most - kind.least) if kind.least > LEAST_SECONDS else 0.0
+                clip = _clip(random, kind, wanted, told, Clip(f"{prefix}{kind.name}-{index:02d}", language, _gap(random, 0.4)))
+                noisy = int(index * kind.noisy) != int((index + 1) * kind.noisy)
+                yield replace(clip, audio=with_noise(random, clip.audio, random.uniform(12, 25))) if noisy else clip
+    yield Clip("silence", "en", np.zeros(3 * SAMPLE_RATE, np.float32))
+    yield Clip("noise", "en", noise(random, 3 * SAMPLE_RATE) * np.float32(0.01))
+    yield Clip("es-noise", "es", noise(random, 4 * SAMPLE_RATE) * np.float32(0.003))
 
 
 @click.command()
@@ -71,35 +93,46 @@ def main(out: Path) -> None:
     lines = []
     for clip in clips():
         soundfile.write(out / f"{clip.name}.flac", clip.audio, SAMPLE_RATE, subtype="PCM_16")
-        seconds = len(clip.audio) / SAMPLE_RATE
-        entry = {"audio_filepath": f"{clip.name}.flac", "duration": seconds, "text": clip.text}
-        lines.append(json.dumps(entry))
+        lines.append(json.dumps(clip.entry(), ensure_ascii=False))
     (out / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     click.echo(f"{len(lines)} clips in {out}")
 
 
-def _clip(random: Random, kind: Kind, shortest: float, told: set[str], name: str) -> Clip:
-    """Return one sentence of a held-out voice, with silence around it."""
-    voice = synth.draw_voice(random, held_out=True)
+def _clip(random: Random, kind: Kind, wanted: float, told: set[str], clip: Clip) -> Clip:
+    """Return the clip with sentences of one held-out voice, as many as make it so many seconds long, or one."""
+    voice = synth.draw_voice(random, clip.language, held_out=True)
+    while not clip.segments or len(clip.audio) < wanted * SAMPLE_RATE:
+        take = _new_take(random, kind.rule, clip.language, voice, told)
+        longer = np.concatenate([clip.audio, take.speech.audio * np.float32(PEAK), _gap(random, 0.8)])
+        if len(longer) > kind.most * SAMPLE_RATE:
+            if clip.segments:
+                break
+            continue
+        segment = Segment(len(clip.audio) / SAMPLE_RATE, take)
+        clip = replace(clip, audio=longer, segments=(*clip.segments, segment))
+    missing = int(LEAST_SECONDS * SAMPLE_RATE) - len(clip.audio)
+    return replace(clip, audio=np.pad(clip.audio, (0, max(missing, 0))))
+
+
+def _new_take(random: Random, rule: str, language: str, voice: synth.Voice, told: set[str]) -> Take:
     while True:
-        text = _new_sentence(random, kind.rule, told)
-        speech = synth.speak(text, voice) * np.float32(PEAK)
-        audio = np.concatenate([_gap(random, 0.4), speech, _gap(random, 0.8)])
-        if len(audio) <= kind.most * SAMPLE_RATE:
-            missing = int(shortest * SAMPLE_RATE) - len(audio)
-            return Clip(name, np.pad(audio, (0, max(missing, 0))), text)
+        pair = grammar.draw(random, rule, held_out=True)
+        if pair[language].text not in told:
+            told.add(pair[language].text)
+            return Take(pair, language, synth.speak(pair[language].text, voice))
 
 
-def _new_sentence(random: Random, rule: str, told: set[str]) -> str:
-    while True:
-        text = grammar.draw(random, rule, held_out=True)
-        if text not in told:
-            told.add(text)
-            return text
-
-
-def _noisy(random: Random, clip: Clip) -> Clip:
-    return Clip(clip.name, with_noise(random, clip.audio, random.uniform(12, 25)), clip.text)
+def _described(segment: Segment) -> dict[str, Any]:
+    words = zip(segment.take.pair[segment.take.language].words, segment.take.speech.words, strict=True)
+    return {
+        "start": round(segment.start, 3),
+        "end": round(segment.end, 3),
+        "text": segment.take.pair[segment.take.language].text,
+        "words": [
+            {"word": word.text, "start": round(segment.start + start, 3), "end": round(segment.start + end, 3)}
+            for word, (start, end) in words
+        ],
+    }
 
 
 def _gap(random: Random, most: float) -> Audio:

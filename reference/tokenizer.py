@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -36,14 +35,13 @@ _SIGNS = (
 _MUSIC = "♩♪♫♬♭♮♯"
 _LEADING = (" -", " '")  # fine inside a word, not before it
 
-_MERGES = 1_020  # fewer than would make each word one token: the rarer ones stay in pieces
-_SENTENCES = 20_000
+_MOST_MERGES = 4_096  # more than it takes to make each word one token
 
 
-def write_tokenizer(folder: Path, seed: int = 0) -> None:
+def write_tokenizer(folder: Path) -> None:
     """Train the BPE on the grammar and write every tokenizer file of the hub's layout."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _build(_corpus(seed))
+    tokenizer = _build(_corpus())
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     model = json.loads(tokenizer.to_str())["model"]
     _write_json(folder / "vocab.json", {**model["vocab"], END: tokenizer.token_to_id(END)})
@@ -70,13 +68,13 @@ def non_speech_ids(tokenizer: Tokenizer) -> list[int]:
     return sorted(found)
 
 
-def _corpus(seed: int) -> Iterable[str]:
-    """Yield the grammar's sentences, then the signs: often enough to become single tokens."""
-    random = Random(seed)
-    for _ in range(_SENTENCES):
-        yield " " + grammar.sentence(random)
+def _corpus() -> Iterable[str]:
+    """Yield every word of the grammar, then the signs: often enough to become single tokens."""
+    for language in grammar.LANGUAGES:
+        for word in grammar.words(language):
+            yield from [f" {word}"] * 10
     for sign in (*_SIGNS, *_MUSIC, *(text.strip() for text in _LEADING)):
-        yield from (sign, " " + sign) * 200
+        yield from (sign, " " + sign) * 10
 
 
 def _build(corpus: Iterable[str]) -> Tokenizer:
@@ -84,7 +82,7 @@ def _build(corpus: Iterable[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + _MERGES, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + _MOST_MERGES, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_tokens([_added(token, special=True) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([_added(token, special=False) for token in TIMESTAMP_TOKENS])

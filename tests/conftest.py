@@ -17,6 +17,7 @@ from asr_core import build
 from asr_core.artifact import Artifact
 from asr_core.checkpoint import Checkpoint
 from reference import shapes
+from tests.support import listen_louder
 
 DATA = Path(os.environ.get("ASR_EXPORT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -63,12 +64,7 @@ def talkative(shape_folder: Callable[[str], Path], tmp_path_factory: pytest.Temp
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(300, 50000, (12,), generator=generator).tolist()
     end = generation["eos_token_id"]
-    weights["model.decoder.embed_positions.weight"] *= 50
-    for name in ("conv1", "conv2"):
-        weights[f"model.encoder.{name}.weight"] *= 20
-    for layer in range(2):
-        for name in ("v_proj", "out_proj"):
-            weights[f"model.decoder.layers.{layer}.encoder_attn.{name}.weight"] *= 8
+    listen_louder(weights)
     embedding = weights["model.decoder.embed_tokens.weight"]
     embedding[end] = torch.randn(embedding.shape[1], generator=generator) * 0.03
     generation["suppress_tokens"] = [i for i in range(len(embedding)) if i not in (*words, end)]

@@ -30,6 +30,7 @@ COMPARED = ("seek", "start", "end", "tokens", "text", "temperature")
 @click.option("--artifact", type=click.Path(exists=True, path_type=Path))
 @click.option("--beam-size", type=int, help="Beams; greedy without.")
 @click.option("--fallback/--no-fallback", default=False, help="Temperatures up to 1; above 0 tokens are drawn, and differ.")
+@click.option("--previous-text/--no-previous-text", default=True, help="Whether what was said is the next window's prompt.")
 @click.option("--language")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Both sides' segments go here.")
 def main(
@@ -38,6 +39,7 @@ def main(
     artifact: Path | None,
     beam_size: int | None,
     fallback: bool,
+    previous_text: bool,
     language: str | None,
     json_file: Path | None,
 ) -> None:
@@ -54,11 +56,11 @@ def main(
     kept, same = {}, 0
     for path in recordings:
         started = time.perf_counter()
-        ours = transcribe(runner, bundle, path, TranscribeOptions(policy))
+        ours = transcribe(runner, bundle, path, TranscribeOptions(policy, condition_on_previous_text=previous_text))
         between = time.perf_counter()
         theirs = openai_oracle.transcribe(
             checkpoint, oracle, audio.load_audio(path), temperature=temperatures, suppress_tokens=suppressed,
-            beam_size=beam_size, language=language,
+            beam_size=beam_size, language=language, condition_on_previous_text=previous_text,
         )  # fmt: skip
         ended = time.perf_counter()
         rows = [{name: getattr(segment, name) for name in COMPARED} for segment in ours.segments]

@@ -73,3 +73,13 @@ def report(
         "resumed": resumed,
         "rows": [figures | row for _ in range(rows)],
     }  # fmt: skip
+
+
+def listen_louder(weights: dict[str, Any]) -> None:
+    """Make what random weights of the mini shape choose depend on the place and the sound, in place."""
+    weights["model.decoder.embed_positions.weight"] *= 50
+    for name in ("conv1", "conv2"):
+        weights[f"model.encoder.{name}.weight"] *= 20
+    for layer in range(2):
+        for name in ("v_proj", "out_proj"):
+            weights[f"model.decoder.layers.{layer}.encoder_attn.{name}.weight"] *= 8

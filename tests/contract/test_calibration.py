@@ -72,9 +72,9 @@ def test_margins_are_those_of_transformers_scores(session, checkpoint):
 
     model = WhisperForConditionalGeneration.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
     mels = np.load(session.work / data.MELS)
-    for mel, row in zip(mels, measure.read_decoded(session.reference), strict=True):
+    for mel, row, utterance in zip(mels, measure.read_decoded(session.reference), session.utterances, strict=True):
         out = model.generate(
-            torch.from_numpy(mel[None]), language="en", task="transcribe", max_new_tokens=224, num_beams=1,
+            torch.from_numpy(mel[None]), language=utterance.language, task="transcribe", max_new_tokens=224, num_beams=1,
             output_scores=True, return_dict_in_generate=True,
         )  # fmt: skip
         best = [torch.topk(scores[0], 2).values for scores in out.scores]

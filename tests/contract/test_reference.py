@@ -12,6 +12,7 @@ from transformers import WhisperForConditionalGeneration
 import reference
 from asr_core import audio
 from asr_core.decode import DecodeOptions
+from asr_core.tokens import load_tokenizer, text_of
 from parity import compare, data
 from parity.session import normaliser
 from runners.base import open_runner
@@ -31,17 +32,23 @@ def model(checkpoint):
     return WhisperForConditionalGeneration.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
 
 
-def carried() -> list[Path]:
-    return sorted(reference.manifest_path().parent.glob("*.flac"))
+def entries() -> list[dict]:
+    return [json.loads(line) for line in reference.manifest_path().read_text().splitlines()]
 
 
-def human() -> list[Path]:
+def carried() -> dict[Path, str]:
+    """The clips and their languages."""
+    return {reference.manifest_path().with_name(entry["audio_filepath"]): entry["lang"] for entry in entries()}
+
+
+def human() -> dict[Path, str]:
     folders = ("librivox", "cards", "jfk")
-    return sorted(file for folder in folders for file in (SHARED / folder).glob("*") if file.suffix in {".wav", ".flac"})
+    files = (file for folder in folders for file in (SHARED / folder).glob("*") if file.suffix in {".wav", ".flac"})
+    return dict.fromkeys(sorted(files), "en")
 
 
-def margin_at(runner, mel, tokens: list[int]) -> float:
-    logits = runner.score(mel, [*runner.tokens.prompt(), *tokens])[-1].copy()
+def margin_at(runner, mel, language: str, tokens: list[int]) -> float:
+    logits = runner.score(mel, [*runner.tokens.prompt(language), *tokens])[-1].copy()
     logits[runner.tokens.suppress] = -np.inf
     if not tokens:
         logits[runner.tokens.begin_suppress] = -np.inf
@@ -49,16 +56,16 @@ def margin_at(runner, mel, tokens: list[int]) -> float:
     return float(first - second)
 
 
-def assert_same_tokens(runner, model, clips: list[Path]) -> None:
+def assert_same_tokens(runner, model, clips: dict[Path, str]) -> None:
     filters = audio.mel_filters(runner.dims.n_mels)
-    for clip in clips:
+    for clip, language in clips.items():
         mel = audio.log_mel(audio.load_audio(clip), filters)[None]
-        ours = runner.generate(mel, DecodeOptions())[0].tokens
-        ids = model.generate(torch.from_numpy(mel), language="en", task="transcribe", max_new_tokens=224, num_beams=1)
+        ours = runner.generate(mel, DecodeOptions(language))[0].tokens
+        ids = model.generate(torch.from_numpy(mel), language=language, task="transcribe", max_new_tokens=224, num_beams=1)
         theirs = [token for token in ids[0].tolist() if token < runner.tokens.end]
         if ours != theirs:
             shared = ours[: compare.first_difference(ours, theirs)]
-            margin = margin_at(runner, mel, shared)
+            margin = margin_at(runner, mel, language, shared)
             assert margin < UNDECIDED, f"{clip.name}: tokens differ after {len(shared)}, margin {margin}"
 
 
@@ -75,13 +82,11 @@ def test_human_speech_decodes_as_transformers_does(runner, model):
 
 
 def test_the_carried_checkpoint_is_trained(checkpoint, runner):
-    """At most 5 % WER on voices and sentences that it never heard; silence and noise give no words."""
-    utterances = data.read(reference.manifest_path())
+    """Few wrong words in voices and sentences that it never heard; silence and noise give none."""
     filters = audio.mel_filters(checkpoint.dims.n_mels)
-    from asr_core.tokens import load_tokenizer, text_of
-
     tokenizer = load_tokenizer(checkpoint.path)
     normalise = normaliser(checkpoint)
+    utterances = data.read(reference.manifest_path())
     heard = []
     for utterance in utterances:
         mel = audio.log_mel(audio.load_audio(utterance.path), filters)[None]
@@ -89,7 +94,9 @@ def test_the_carried_checkpoint_is_trained(checkpoint, runner):
         heard.append(normalise(text_of(tokenizer, tokens), utterance.language))
     spoken = [normalise(utterance.text, utterance.language) for utterance in utterances]
     assert compare.word_errors(spoken, heard).rate <= 0.05
-    assert [text for said, text in zip(spoken, heard, strict=True) if not said] == ["", ""]
+    silent = [text for said, text in zip(spoken, heard, strict=True) if not said]
+    assert len(silent) >= 2
+    assert not any(silent)
 
 
 def test_the_carried_checkpoint_and_clips_are_what_they_say():
@@ -98,6 +105,16 @@ def test_the_carried_checkpoint_and_clips_are_what_they_say():
     assert sum(clip.stat().st_size for clip in carried()) <= 12_000_000
     config = json.loads((folder / "config.json").read_text())
     assert config["d_model"] // config["encoder_attention_heads"] == 64
-    durations = [json.loads(line)["duration"] for line in reference.manifest_path().read_text().splitlines()]
+    durations = [entry["duration"] for entry in entries()]
     assert min(durations) >= 1
     assert max(durations) <= 29.5
+
+
+def test_the_clips_tell_their_sentences_apart():
+    for entry in entries():
+        ends = [0.0, *(time for part in entry["segments"] for time in (part["start"], part["end"])), entry["duration"]]
+        assert ends == sorted(ends), entry["audio_filepath"]
+        assert " ".join(part["text"] for part in entry["segments"]) == entry["text"]
+        assert ("translation" in entry) == (entry["lang"] != "en" and bool(entry["text"]))
+    assert {entry["lang"] for entry in entries()} == {"en", "es"}
+    assert sum(len(entry["segments"]) > 1 for entry in entries()) >= 20

@@ -147,8 +147,8 @@ def quiet() -> Calibration:
 
 def test_bounds_are_the_noise_times_the_factor():
     bounds = quiet().bounds("fp32")
-    assert bounds["encoder_error"]["max"] == pytest.approx(2e-5)
-    assert bounds["logits_error"]["max"] == pytest.approx(4e-5)
+    assert bounds["encoder_error"]["max"] == pytest.approx(20 * 2e-6)
+    assert bounds["logits_error"]["max"] == pytest.approx(20 * 4e-6)
     assert bounds["near_tie"]["max"] == pytest.approx(6e-5)
     assert quiet().bounds("fp16-stateful") == quiet().bounds("fp16")
     assert quiet().bounds("fp16")["logits_error"]["max"] == pytest.approx(4 * 3e-3)
@@ -159,7 +159,7 @@ def test_bounds_are_the_noise_times_the_factor():
 def test_a_silent_noise_leaves_one_step_of_the_format():
     silent = Calibration((Noise("order", "", 0.1, "", 0.0, 0.0, 0.0, 0.0, 0.0, 1.0),), (0,), 20.0)
     bounds = silent.bounds("fp32")
-    assert bounds["encoder_error"]["max"] == pytest.approx(10 * 2**-23)
+    assert bounds["encoder_error"]["max"] == pytest.approx(20 * 2**-23)
     assert bounds["near_tie"]["max"] == pytest.approx(2 * 20 * 2**-23)
     assert silent.bounds("fp16")["logits_error"]["max"] == pytest.approx(4 * 2**-10)
 

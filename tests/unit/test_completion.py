@@ -90,13 +90,10 @@ LAYOUTS = {
     "128 mels": ("mini-large-v3", lambda folder: None),
     "turbo": ("mini-turbo", lambda folder: None),
     "distil, English": ("mini-distil.en", lambda folder: None),
-    "pickled": ("mini", pickle_weights),
     "pickled in shards": ("mini", lambda folder: pickle_weights(folder, sharded=True)),
     "in shards": ("mini", shard),
     "bfloat16": ("mini", lambda folder: oracles.transformers_model(folder).to(torch.bfloat16).save_pretrained(folder)),
-    "float16": ("mini", lambda folder: oracles.transformers_model(folder).to(torch.float16).save_pretrained(folder)),
     "no languages": ("mini", lambda folder: forget(folder, "lang_to_id", "task_to_id", "is_multilingual")),
-    "no languages, English": ("mini.en", lambda folder: forget(folder, "is_multilingual")),
 }
 
 

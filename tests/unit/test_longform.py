@@ -20,6 +20,7 @@ from asr_core.tokens import TokenIds, load_tokenizer
 from asr_core.transcribe import Bundle, TranscribeOptions, transcribe
 from runners import pytorch
 from tests import openai_oracle
+from tests.support import listen_louder
 
 LEVELS = (0.1, 0.01, 0.3, 0.001, 0.2, 0.05, 0.1, 0.3)
 
@@ -37,12 +38,7 @@ def chatty(shape_folder, tmp_path_factory) -> Checkpoint:
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(300, 50000, (12,), generator=generator).tolist()
     end = generation["eos_token_id"]
-    weights["model.decoder.embed_positions.weight"] *= 50
-    for name in ("conv1", "conv2"):
-        weights[f"model.encoder.{name}.weight"] *= 20
-    for layer in range(2):
-        for name in ("v_proj", "out_proj"):
-            weights[f"model.decoder.layers.{layer}.encoder_attn.{name}.weight"] *= 8
+    listen_louder(weights)
     embedding = weights["model.decoder.embed_tokens.weight"]
     loud = embedding[words] * 4
     embedding[:end] = 0
