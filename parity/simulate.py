@@ -105,7 +105,7 @@ def overhead(units: Iterable[dict[str, Any]]) -> float:
         max(one["ended_s"] for one in own) - min(one["began_s"] for one in own) - sum(one["own_s"] for one in own)
         for own in spans.values()
     )
-    return lost / sum(map(len, spans.values()))
+    return float(lost / sum(map(len, spans.values())))
 
 
 @click.command(help=__doc__)

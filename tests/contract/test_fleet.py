@@ -118,7 +118,8 @@ def test_killed_workers_and_a_straggler_change_nothing(talkative, spoken, artifa
     assert not (tmp_path / "share").exists()
 
 
-def test_a_label_that_nobody_carries_is_unavailable(scheduler, workers, tmp_path):
+@pytest.mark.usefixtures("workers")
+def test_a_label_that_nobody_carries_is_unavailable(scheduler, tmp_path):
     with fleet.connect(scheduler, str(tmp_path / "share"), 1, 1, fresh=False) as measurer:
         measurer.require("onnx.sherpa")
         with pytest.raises(UnavailableError, match="no worker of the cluster carries the label 'coreml'"):
@@ -128,7 +129,7 @@ def test_a_label_that_nobody_carries_is_unavailable(scheduler, workers, tmp_path
 def test_nobody_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(fleet, "CONNECT_S", 0.5)
     with (
-        pytest.raises(UnavailableError, match="no Dask scheduler answers at tcp://127.0.0.1:1"),
+        pytest.raises(UnavailableError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"),
         fleet.connect("tcp://127.0.0.1:1", str(tmp_path / "share"), 1, 1, fresh=False),
     ):
         pass
