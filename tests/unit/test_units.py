@@ -115,6 +115,9 @@ def test_options_that_make_no_sense(options, message):
 
 
 def test_one_machine_knows_nothing_of_dask():
-    code = "import sys, asr_export.parity, parity.units; print({'dask', 'distributed', 'fsspec'} & sys.modules.keys())"
+    code = (
+        "import sys, asr_export.parity, parity.session, parity.units\n"
+        "print({'dask', 'distributed', 'fsspec'} & sys.modules.keys())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
