@@ -21,6 +21,7 @@ from asr_export.cli import checkpoint_options, handle_errors, open_checkpoint, s
 from asr_export.history import history
 from asr_export.localise import localise
 from asr_export.merge import merge
+from asr_export.profile import profile
 
 if TYPE_CHECKING:
     from asr_core.checkpoint import Checkpoint
@@ -128,6 +129,7 @@ def main(
 main.add_command(history)
 main.add_command(localise)
 main.add_command(merge)
+main.add_command(profile)
 
 
 @dataclass(frozen=True)

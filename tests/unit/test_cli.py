@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from asr_core import errors
 from asr_export.cli import handle_errors
 
-COMMANDS = ["export", "parity", "transcribe"]
+COMMANDS = ["compress", "export", "parity", "transcribe"]
 
 
 def run(failure: BaseException):

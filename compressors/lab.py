@@ -1,0 +1,180 @@
+"""The search's laboratory: a candidate's checkpoint, its artifact, and what that measures beside the source's own PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from asr_core import build, compressed
+from asr_core.errors import ArtifactError, AsrExportError, StorageError, UsageError
+from compressors import base, calibration, folder
+from compressors.budget import Budget, Figures, too_large
+from compressors.calibration import Calibration
+from compressors.model import Model
+from compressors.space import Candidate
+from parity.session import Session
+
+if TYPE_CHECKING:
+    from asr_core.artifact import Artifact
+    from asr_core.checkpoint import Checkpoint
+    from parity.compare import Bounds, Row
+    from parity.data import Utterance
+
+CALIBRATING = 32  # clips at most, and no more than a third of all; the others judge
+FEW = 16  # clips that sort out
+ACCEPTED = 0.5  # points of ΔWER, where the budget says nothing: what int8 Whispers are accepted with (thresholds.toml)
+# Between the loss that is accepted and the one that must be out of the question, as for int8 in thresholds.toml.
+MARGIN = 1.5
+WORK, MADE = "work", "made"
+
+
+@dataclass
+class Bench(Session):
+    """A session of one checkpoint that also judges what was made from it, by a budget's bound on ΔWER."""
+
+    accepted: float = ACCEPTED
+    children: set[str] = field(default_factory=set)
+
+    def bounds(self, precision: str) -> Bounds:
+        """The same for every precision: whoever compresses says what it may cost."""
+        return {
+            "delta_wer": {"max": self.accepted, "reason": "the budget"},
+            "non_inferiority": {"max": self.accepted + MARGIN, "reason": "what some hundred words can exclude"},
+        }
+
+    def _check(self, opened: Artifact) -> None:
+        if opened.manifest.fingerprint not in self.children | {self.checkpoint.fingerprint}:
+            raise ArtifactError(f"{opened.path} was not made from {self.checkpoint.path}.")
+
+
+class Workbench:
+    """Makes candidates of one source for one target and measures them, everything below ``root``."""
+
+    def __init__(
+        self, source: Checkpoint, target: str, utterances: Sequence[Utterance], root: Path, budget: Budget, threads: int,
+        tell: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._source, self._target, self._root, self._tell = source, target, root, tell
+        used = min(CALIBRATING, len(utterances) // 3)
+        calibrating = _spread(utterances, used)
+        judging = [utterance for utterance in utterances if utterance not in calibrating]
+        if not any(utterance.text.strip() for utterance in judging):
+            raise UsageError("the data has no transcripts: without them there is no word error rate to search by.")
+        self._model = Model.open(source)
+        self._heard = Calibration(lambda: _windows(source, calibrating), source)
+        limit = budget.limit("delta_wer")
+        self._benches = {
+            name: self._bench(name, clips, ACCEPTED if limit is None else limit, threads)
+            for name, clips in (("few", _spread(judging, FEW)), ("all", judging))
+        }
+
+    def _bench(self, name: str, clips: list[Utterance], accepted: float, threads: int) -> Bench:
+        work = self._root / WORK / name
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        return Bench(self._source, clips, work, threads, gates="search", accepted=accepted, progress=self._stage)
+
+    def rough(self, candidate: Candidate, limit_mb: float | None) -> Figures | None:
+        """On few clips; what is too large already is not run, and what cannot be made gives nothing."""
+        try:
+            artifact = self._artifact(candidate)
+        except StorageError:
+            raise
+        except AsrExportError as error:
+            self._tell(f"{candidate}: {error}")
+            return None
+        size = artifact.size_mb
+        if limit_mb is not None and size > limit_mb:
+            return too_large(size)
+        return self._measured("few", artifact)
+
+    def full(self, candidate: Candidate) -> Figures | None:
+        """On all clips but the calibrating ones; anew."""
+        artifact = self._artifact(candidate)
+        measured = self._benches["all"].work / f"{artifact.manifest.target}-{artifact.manifest.precision}"
+        shutil.rmtree(measured, ignore_errors=True)
+        return self._measured("all", artifact)
+
+    def drop(self, candidate: Candidate) -> None:
+        """Remove a candidate's checkpoint and artifact."""
+        shutil.rmtree(self._folder(candidate), ignore_errors=True)
+
+    def checkpoint(self, candidate: Candidate) -> Path:
+        """The candidate's checkpoint folder, made where it isn't there; the source's own where nothing is compressed."""
+        if not candidate.steps:
+            return self._source.path
+        made = self._folder(candidate) / "checkpoint"
+        if not made.exists():
+            self._make(candidate, made)
+        return made
+
+    def artifact_folder(self, candidate: Candidate) -> Path:
+        """Where the candidate's artifact lies."""
+        return self._folder(candidate) / f"{self._target}-{candidate.precision}"
+
+    def clear(self) -> None:
+        """Remove every candidate and measurement."""
+        for name in (WORK, MADE):
+            shutil.rmtree(self._root / name, ignore_errors=True)
+
+    def _folder(self, candidate: Candidate) -> Path:
+        return self._root / MADE / candidate.key
+
+    def _make(self, candidate: Candidate, made: Path) -> None:
+        model, steps = self._model, []
+        self._heard.work = self._folder(candidate) / "training"
+        for step in candidate.steps:
+            for name, given in step.items():
+                parameters = base.parameters(name, given)
+                applied = base.method(name).apply(model, parameters, self._heard, partial(self._stage, name))
+                model = applied.model
+                dumped = parameters.model_dump(mode="json")
+                parent = self._source.fingerprint
+                steps.append(compressed.Step(method=name, parameters=dumped, parent=parent, effects=applied.effects))
+        folder.write(made, self._source, model, steps, self._heard.seen, None)
+        shutil.rmtree(self._heard.work, ignore_errors=True)
+
+    def _artifact(self, candidate: Candidate) -> Artifact:
+        from asr_core.artifact import Artifact
+        from asr_core.checkpoint import Checkpoint
+
+        final = self.artifact_folder(candidate)
+        path = self.checkpoint(candidate)
+        checkpoint = Checkpoint.open(str(path))
+        for bench in self._benches.values():
+            bench.children.add(checkpoint.fingerprint)
+        if build.up_to_date(checkpoint, self._target, candidate.precision, final):
+            return Artifact.open(final)
+        return build.stage(checkpoint, self._target, candidate.precision, final, partial(self._stage, "export")).publish()
+
+    def _measured(self, name: str, artifact: Artifact) -> Figures | None:
+        bench = self._benches[name]
+        if not bench.reference_costs:
+            bench.prepare()
+        return figures_of(bench.judge(artifact.path), artifact.size_mb)
+
+    def _stage(self, name: str, stage: str) -> None:
+        self._tell(f"{name}: {stage}")
+
+
+def figures_of(row: Row, size_mb: float) -> Figures | None:
+    """The figures of a report's row; None where it has none."""
+    if row.delta_wer is None or row.latency_p50_s is None or row.latency_p95_s is None:
+        return None
+    low = row.delta_wer_interval[0] if row.delta_wer_interval else row.delta_wer
+    memory = float("nan") if row.peak_rss_mb is None else row.peak_rss_mb
+    return Figures(size_mb, 100 * row.delta_wer, 100 * low, row.latency_p50_s, row.latency_p95_s, memory, row.status, row.reason)
+
+
+def _windows(source: Checkpoint, clips: list[Utterance]) -> list[calibration.Window]:
+    calibration.check_sound(clips)
+    return calibration.windows(source, clips)
+
+
+def _spread(utterances: Sequence[Utterance], wanted: int) -> list[Utterance]:
+    wanted = min(len(utterances), wanted)
+    return [utterances[i * len(utterances) // wanted] for i in range(wanted)]

@@ -1,0 +1,249 @@
+"""The search for the smallest artifact within a budget: Optuna proposes, few clips sort out, all clips and the gate confirm.
+
+Everything that was found lies in one folder, so that a search goes on where it was killed, and one with another budget begins
+with what is known.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from asr_core.errors import GateError
+from compressors.budget import Budget, Figures
+from compressors.space import Candidate, Space
+
+STUDY = "study.db"
+FIGURES = "figures"
+# One latency differs from the next by some per cent even on an idle machine; a loss of speed is what is beyond that.
+SLOWER = 1.1
+CONFIRMATIONS = 2  # independent measurements of a winner, which both have to meet the budget and pass the gate
+STARTUP = 10  # trials at random before the optimiser has an opinion
+UNMEASURED = 1e3  # the score of what gave no figures
+Tell = Callable[[str], None]
+
+
+class Lab(Protocol):
+    """Makes artifacts of candidates and measures them."""
+
+    def rough(self, candidate: Candidate, limit_mb: float | None) -> Figures | None:
+        """On few clips; nothing is run where the artifact is above ``limit_mb``. None where there is nothing to measure."""
+        ...
+
+    def full(self, candidate: Candidate) -> Figures | None:
+        """On all clips, anew at every call, with the gate's verdict."""
+        ...
+
+    def drop(self, candidate: Candidate) -> None:
+        """Forget what was made of a loser."""
+        ...
+
+
+@dataclass(frozen=True)
+class Point:
+    """A candidate and what it measured."""
+
+    candidate: Candidate
+    figures: Figures
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to: the confirmed winner (None: nobody met the budget), every point, and the nearest to the budget."""
+
+    winner: Point | None
+    points: list[Point]
+    nearest: Point | None
+    rejected: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Search:
+    """One search; ``plain`` is the source's own artifact, whose speed a smaller one must keep unless ``allow_slower``."""
+
+    space: Space
+    budget: Budget
+    lab: Lab
+    folder: Path
+    trials: int
+    seed: int = 0
+    allow_slower: bool = False
+    tell: Tell = lambda stage: None
+
+    def run(self) -> Found:
+        """Propose and sort out until ``trials`` are through, then confirm from the best down."""
+        plain = self.space.candidate(self.space.plain(self.space.precisions[0]))
+        self.tell(f"the source as it is, {plain.precision}")
+        figures = self._known(plain, None)
+        if figures is None:
+            raise GateError(f"the source's own {plain.precision} artifact gives no figures; nothing can be compared with it.")
+        self._plain = Point(plain, figures)
+        study = self._study()
+        done = sum(trial.state == TrialState.COMPLETE for trial in study.trials)
+        if done < self.trials:
+            study.optimize(self._objective, n_trials=self.trials - done)
+        return self._confirmed(self._points(study))
+
+    def _study(self) -> optuna.Study:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = [self.allow_slower, self.space.choices, self.space.repair]
+        name = f"{self.budget} #{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
+        storage = f"sqlite:///{(self.folder / STUDY).absolute()}"
+        known = optuna.get_all_study_names(storage) if (self.folder / STUDY).exists() else []
+        study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
+        # Another seed after a resumption, or the same proposals would come again.
+        study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=self.seed + len(study.trials))
+        if name not in known:
+            for precision in self.space.precisions:
+                study.enqueue_trial(self.space.plain(precision))
+        for trial in study.trials:
+            if trial.state == TrialState.RUNNING:  # killed in the middle
+                study.tell(trial.number, state=TrialState.FAIL)
+                study.enqueue_trial(trial.params, skip_if_exists=False)
+        return study
+
+    def _objective(self, trial: Trial) -> float:
+        candidate = self.space.suggest(trial)
+        trial.set_user_attr("candidate", asdict(candidate))
+        self.tell(f"trial {trial.number + 1} of {self.trials}: {candidate}")
+        figures = self._known(candidate, self.budget.limit("size"))
+        if figures is not None:
+            trial.set_user_attr("figures", asdict(figures))
+        score = UNMEASURED if figures is None else self.score(figures)
+        if score > 0:
+            self.lab.drop(candidate)
+        return score
+
+    def score(self, figures: Figures) -> float:
+        """What is minimised: below -1 the share of the size that is saved (-2 is all), above 0 the sum of what is wrong."""
+        # Few clips hold some ninety words: a loser is one whose whole interval is beyond the limit, not its estimate.
+        wrong = self.budget.excess(replace(figures, delta_wer=figures.delta_wer_low)) + self._slowness(figures)
+        if wrong > 0:
+            return min(UNMEASURED, wrong)
+        return figures.size / self._plain.figures.size - 2
+
+    def _slowness(self, figures: Figures) -> float:
+        """By how much an artifact is slower than the plain one, beyond what a measurement varies by; 0 where that is allowed."""
+        if self.allow_slower or not figures.measured:
+            return 0.0
+        return max(0.0, figures.latency_p50 / self._plain.figures.latency_p50 - SLOWER)
+
+    def _known(self, candidate: Candidate, limit_mb: float | None) -> Figures | None:
+        """A candidate's figures on few clips: those on disk, or new ones."""
+        file = self.folder / FIGURES / f"{candidate.key}.json"
+        if file.exists():
+            known = Figures(**json.loads(file.read_text(encoding="utf-8")))
+            if known.measured or (limit_mb is not None and known.size > limit_mb):
+                return known
+        figures = self.lab.rough(candidate, limit_mb)
+        if figures is not None:
+            write(file, json.dumps(asdict(figures)))
+        return figures
+
+    def _points(self, study: optuna.Study) -> list[Point]:
+        """What the study's trials measured, each candidate once."""
+        found = {self._plain.candidate.key: self._plain}
+        for trial in study.get_trials(deepcopy=False):
+            if (point := _point(trial)) is not None:
+                found.setdefault(point.candidate.key, point)
+        return list(found.values())
+
+    def _confirmed(self, points: list[Point]) -> Found:
+        """Measure the promising ones on everything, from the smallest up, until one holds."""
+        promising = [point for point in points if self.score(point.figures) < 0]
+        promising.sort(key=lambda point: (point.figures.size, point.figures.latency_p50))
+        rejected: list[str] = []
+        standard = self._full(self._plain.candidate) if promising and not self.allow_slower else None
+        for point in promising:
+            self.tell(f"confirm {point.candidate}")
+            measured, reason = self._held(point.candidate, standard)
+            if measured is not None and not reason:
+                return Found(Point(point.candidate, measured), points, point, rejected)
+            rejected.append(f"{point.candidate}: {reason}")
+        nearest = min((p for p in points if p not in promising), key=lambda p: self.score(p.figures), default=None)
+        return Found(None, points, promising[0] if promising else nearest, rejected)
+
+    def _held(self, candidate: Candidate, standard: Figures | None) -> tuple[Figures | None, str]:
+        """The worst of a candidate's confirming measurements, and why they don't confirm it."""
+        worst: Figures | None = None
+        for _ in range(CONFIRMATIONS):
+            figures = self.lab.full(candidate)
+            if figures is None:
+                return None, "it gave no figures on all clips"
+            worst = figures if worst is None else _worse(worst, figures)
+            reasons = [] if figures.status == "pass" else [f"{figures.status}: {figures.reason}"]
+            reasons += [f"{bound} not met: {getattr(figures, bound.figure):.4g}" for bound in self.budget.exceeded(figures)]
+            if standard is not None and figures.latency_p50 > SLOWER * standard.latency_p50:
+                reasons.append(f"{figures.latency_p50 / standard.latency_p50:.2f} times as slow as the source as it is")
+            if reasons:
+                return worst, "; ".join(reasons)
+        return worst, ""
+
+    def _full(self, candidate: Candidate) -> Figures | None:
+        self.tell(f"measure {candidate} on all clips")
+        return self.lab.full(candidate)
+
+
+def _worse(one: Figures, other: Figures) -> Figures:
+    """The larger of every figure."""
+    larger = {name: max(value, getattr(other, name)) for name, value in asdict(one).items() if isinstance(value, float)}
+    return replace(one, **larger)
+
+
+def _point(trial: FrozenTrial) -> Point | None:
+    if "figures" not in trial.user_attrs:
+        return None
+    return Point(Candidate(**trial.user_attrs["candidate"]), Figures(**trial.user_attrs["figures"]))
+
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """The points that no other one is at least as good as in size, ΔWER and latency; by size."""
+
+    def axes(point: Point) -> tuple[float, float, float]:
+        return point.figures.size, point.figures.delta_wer, point.figures.latency_p50
+
+    measured = [point for point in points if point.figures.measured]
+    best = [
+        point
+        for point in measured
+        if not any(axes(o) != axes(point) and all(a <= b for a, b in zip(axes(o), axes(point), strict=True)) for o in measured)
+    ]
+    return sorted(best, key=axes)
+
+
+def plot(points: Sequence[Point], found: Found, file: Path) -> None:
+    """Draw size against ΔWER: every measured point, its colour the latency, the front joined, the winner marked."""
+    from matplotlib.figure import Figure
+
+    measured = [point.figures for point in points if point.figures.measured]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.scatter(
+        [f.size for f in measured], [f.delta_wer for f in measured], c=[1e3 * f.latency_p50 for f in measured], cmap="viridis"
+    )
+    best = front(points)
+    axes.step([p.figures.size for p in best], [p.figures.delta_wer for p in best], where="post", color="grey", linewidth=0.8)
+    if found.winner is not None:
+        won = found.winner.figures
+        axes.plot(won.size, won.delta_wer, "r*", markersize=16, label=f"the winner, on all clips: {found.winner.candidate}")
+        axes.legend(fontsize=7)
+    axes.set(xlabel="size of the artifact, MB", ylabel="ΔWER on few clips, points", title="Search")
+    figure.colorbar(drawn, label="median latency, ms")
+    figure.savefig(file, dpi=150)
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file under its name only once it is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
