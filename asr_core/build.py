@@ -135,8 +135,9 @@ def stage(
     precision: str,
     final: Path,
     progress: isolate.Progress = lambda stage: None,
+    threads: int | None = None,
 ) -> Staged:
-    """Export into a hidden folder beside ``final`` and seal it.
+    """Export into a hidden folder beside ``final`` and seal it; ``threads`` bounds the numeric libraries' pools.
 
     Raises :class:`~asr_core.errors.UnavailableError`, :class:`~asr_core.errors.ExportError` or :class:`StorageError`; nothing
     is left behind then.
@@ -156,6 +157,7 @@ def stage(
             {"checkpoint": str(checkpoint.path), "name": checkpoint.name, "target": target, "precision": precision,
              "folder": str(partial), "alignment_heads": checkpoint.alignment_heads},
             progress=progress,
+            threads=threads,
         )  # fmt: skip
         isolate.result_or_raise(outcome, f"the export of {target}-{precision}")
     except BaseException:
