@@ -7,6 +7,7 @@ that they are computed once after each reset and no branch is needed.
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 import warnings
@@ -58,6 +59,7 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
             tensors += _specs(model, part)
             _save(model, folder / f"{file}.xml", precision)
             del model
+        gc.collect()  # what was captured is full of cycles, and would stay beside the other half
     progress("tokenizer")
     with _refusals("tokenizer"), _quiet():
         _save_tokenizers(checkpoint.path, folder)
