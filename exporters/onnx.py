@@ -12,14 +12,18 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from asr_core import conversions
 from asr_core.artifact import TensorSpec
 from asr_core.errors import ExportError
 from asr_core.isolate import Progress
 
 if TYPE_CHECKING:
+    from types import FunctionType
+
     import numpy as np
     import onnx_ir as ir
     import torch
@@ -43,6 +47,9 @@ ROWS = 512  # rows that are quantised at once: bounds the temporaries
 LARGEST_Q8 = 127  # of signed 8-bit weights
 ZERO_POINT = 128  # of MatMulNBits' unsigned 8-bit weights
 
+TRACED = "traced.onnx"  # in the cache
+TRACERS = ("onnx-ir", "onnxscript", "torch")  # packages that decide what a traced graph is
+
 Shape = Sequence[int | str]
 
 
@@ -62,7 +69,7 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
 def draft(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, precision: str, kind: str) -> ir.Model:
     """A graph in its shipped form whose weights have not been read; ``kind`` is what it is like, ``encoder`` or ``decoder``."""
     with _quiet():
-        model = _trace(describe, checkpoint, precision)
+        model = _traced(describe, checkpoint, precision)
         _Rewriter(model.graph, checkpoint.graph_weights, precision).run(kind)
     return model
 
@@ -141,14 +148,48 @@ def _keys_values(what: str, dims: Dims) -> dict[str, Shape]:
     return {f"{what}_{kind}_{layer}": shape for layer in range(dims.decoder_layers) for kind in "kv"}
 
 
-def _trace(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, precision: str) -> ir.Model:
+def _traced(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, precision: str) -> ir.Model:
+    """What :func:`_trace` makes, from the cache where any precision or checkpoint of this shape was traced before.
+
+    ``describe`` may depend on the checkpoint's shape alone, never on its values.
+    """
+    import onnx_ir as ir
+    import onnx_ir.passes.common as passes
+
+    from asr_core import graph
+
+    def write(folder: Path) -> list[str]:
+        model = _trace(describe, checkpoint, dtype)
+        passes.ClearMetadataAndDocStringPass()(model)
+        for value in model.graph.initializers.values():
+            # Nothing is there to be read: each is bound to the checkpoint's tensor after loading.
+            value.const_value = ir.ExternalTensor("unbound", None, None, value.dtype, shape=value.shape, name=value.name)
+        ir.save(model, folder / TRACED)
+        return []
+
+    dtype = "float16" if precision == "fp16" else "float32"
+    weights, code = checkpoint.graph_weights, cast("FunctionType", describe).__code__
+    inputs = {
+        "graph": [Path(code.co_filename).name, code.co_qualname],
+        "dtype": dtype,
+        "dims": checkpoint.dims.model_dump(),
+        "alignment_heads": checkpoint.alignment_heads,
+        "shapes": {name: weights.shape(name) for name in weights.names},
+        "sources": [conversions.sha256(Path(file)) for file in (graph.__file__, __file__, code.co_filename)],
+        "tools": {name: metadata.version(name) for name in TRACERS},
+    }
+    folder, _ = conversions.kept("graphs", code.co_name.strip("_"), inputs, write)
+    return ir.load(folder / TRACED)
+
+
+def _trace(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, dtype: str) -> ir.Model:
     """The ONNX model of a module whose parameters have shapes and types but no memory."""
     import onnx_ir as ir
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float16 if precision == "fp16" else torch.float32)
+    torch.set_default_dtype(getattr(torch, dtype))
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             traceable = describe(checkpoint)

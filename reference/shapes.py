@@ -82,7 +82,7 @@ def write_sharded(shape: Shape, folder: Path, dtype: str = "float32", shard_mb: 
     _write_generation(shape, folder)
     shapes = expected_shapes(Dims.from_config(config.to_dict()))
     shards = list(_shards(shapes, shard_mb * 1e6 / DTYPES[dtype]))
-    where = {}
+    where: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file({name: _random(name, shapes[name], dtype, seed) for name in names}, folder / file, {"format": "pt"})
@@ -115,7 +115,8 @@ def _random(name: str, shape: tuple[int, ...], dtype: str, seed: int) -> torch.T
     if name == "model.encoder.embed_positions.weight":
         from transformers.models.whisper.modeling_whisper import sinusoids
 
-        return sinusoids(*shape).to(kind)
+        positions: torch.Tensor = sinusoids(*shape)
+        return positions.to(kind)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     return torch.empty(shape).normal_(0, SPREAD, generator=generator).to(kind)
 
