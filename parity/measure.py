@@ -51,7 +51,7 @@ def measure(
     utterances = data.prepared(Path(work))
     policies = [DecodeOptions(language=one.language, max_new_tokens=max_new_tokens) for one in utterances]
     source = Path(path)
-    size_mb = _checkpoint_mb(source) if reference is None else Artifact.open(source).size_mb
+    size_mb = _checkpoint_mb(source) if target == REFERENCE else Artifact.open(source).size_mb
     started = time.perf_counter()
     runner = open_runner(target, source, threads)
     load_s = time.perf_counter() - started
