@@ -48,7 +48,7 @@ def main(
     import torch
 
     from asr_core.checkpoint import Checkpoint
-    from compressors import comparison, table
+    from compressors import comparison, table, winograd
     from parity import report
 
     torch.set_num_threads(threads)
@@ -67,7 +67,8 @@ def main(
             lines += bench.lines(file)
     speeds = _speeds(lines, out, rounds, threads) if rounds else {}
     report.write_json(out / "table.json", {"host": report.host(), "lines": [vars(line) for line in lines], "faster": speeds})
-    (out / "table.md").write_text(table.markdown(lines, speeds, {}), encoding="utf-8")
+    kernels = [winograd.measure(width, rounds) for width in winograd.WIDTHS] if rounds else []
+    (out / "table.md").write_text(table.markdown(lines, speeds, {}, kernels), encoding="utf-8")
     table.plot(lines, speeds, out / "table.png")
     for line in lines:
         if line.problem:

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from parity.compare import Row
     from parity.data import Utterance
 
-RECIPES = Path(__file__).parent / "recipes"
+CODE = Path(__file__).parent
+RECIPES = CODE / "recipes"
+# Sources besides the methods' own that decide what a compressed checkpoint holds.
+SHARED = ("calibration.py", "integers.py", "latent.py", "linears.py", "obs.py", "refit.py", "training.py")
 ORIGINAL = "original"
 PYTORCH = "pytorch"
 PLAIN = "fp32"
@@ -131,7 +134,8 @@ class Comparison:
     def _checkpoint(self, name: str, recipe: Recipe) -> Checkpoint:
         """The recipe's checkpoint, made unless it is there; its name stands for the recipe, the methods' code and the clips."""
         steps = [[step.method, step.parameters.model_dump(mode="json")] for step in recipe.steps]
-        code = [registry.source(METHODS, step.method).read_text(encoding="utf-8") for step in recipe.steps]
+        sources = [*(registry.source(METHODS, step.method) for step in recipe.steps), *map(CODE.joinpath, SHARED)]
+        code = [source.read_text(encoding="utf-8") for source in sources]
         clips = [provenance.digest(list(part)) for part in (self._sets.calibrating, self._sets.judging)]
         out = self._root / "checkpoints" / f"{name}-{_digest(self._source.fingerprint, steps, code, clips)}"
         if not out.exists():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from compressors.comparison import ORIGINAL, PLAIN, PYTORCH, Line
 from compressors.published import POINTS, Published
+from compressors.winograd import Measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,17 +56,28 @@ def key(line: Line) -> str:
     return f"{line.recipe}.{line.artifact}"
 
 
-def markdown(lines: Sequence[Line], speeds: Mapping[str, float], embeddings: Mapping[str, float]) -> str:
-    """The table, the published points beside it, what could not be made; ``embeddings`` are MB of artifacts by :func:`key`."""
+def markdown(
+    lines: Sequence[Line], speeds: Mapping[str, float], embeddings: Mapping[str, float], kernels: Sequence[Measured]
+) -> str:
+    """The table, Winograd's rows, the published points, what could not be made; ``embeddings`` are MB by :func:`key`."""
     found = trades(lines, speeds)
     rows = [HEADER, ["---"] * LEFT + ["---:"] * (len(HEADER) - LEFT), *(_cells(trade, embeddings) for trade in found)]
-    text = ["\n".join(_row(row) for row in rows), "", "Published by others, on their models and data:", ""]
+    text = ["\n".join(_row(row) for row in rows), ""]
+    text += [_told(kernel) for kernel in kernels]
+    text += ["", "Published by others, on their models and data:", ""]
     theirs = [("technique", "study", "smaller", "faster", "WER, relative", "beside it, ours"), ["---"] * 6]
     text.append("\n".join(_row(row) for row in [*theirs, *(_published(point, found) for point in POINTS)]))
     problems = [line for line in lines if line.problem]
     if problems:
         text += ["", "Not measured:", "", *(f"- {line.title}, {line.artifact}: {line.problem}" for line in problems)]
     return "\n".join(text) + "\n"
+
+
+def _told(kernel: Measured) -> str:
+    return (
+        f"- Winograd F(2, 3) for the first convolution, width {kernel.width}: {_factor(kernel.faster)} as fast as PyTorch's "
+        f"convolution, error {kernel.error:.0e}."
+    )
 
 
 def _row(cells: Sequence[str]) -> str:

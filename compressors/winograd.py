@@ -30,11 +30,10 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     a, b, c, d = even[..., :-1], odd[..., :-1], even[..., 1:], odd[..., 1:]
     made = kernel @ torch.stack([a - c, b + c, c - b, b - d], 1)  # [B, 4, N, L / 2]
     first, second, third, fourth = made.unbind(1)
-    out = torch.empty(*made.shape[:1], kernel.shape[1], x.shape[-1])
-    middle, difference = second + bias[:, None], third - bias[:, None]
-    torch.add(first + middle, third, out=out[..., 0::2])
-    torch.sub(second - difference, fourth, out=out[..., 1::2])
-    return out
+    out = x.new_empty(len(x), len(bias), x.shape[-1])
+    out[..., 0::2] = first + second + third
+    out[..., 1::2] = second - third - fourth
+    return out.add_(bias[:, None])
 
 
 @dataclass(frozen=True)
