@@ -86,13 +86,10 @@ def kmeans(values: Tensor, count: int) -> Tensor:
 
 def _start(ordered: Tensor, count: int) -> Tensor:
     """Where to begin: values [n] sorted → centroids [count]."""
-    knots = ordered[torch.linspace(0, len(ordered) - 1, min(len(ordered), 8 * count)).long()]
-    # Between knots of equal mass the density is 1 / width, so that its cube root holds width ** (2/3).
-    shares = torch.cat([torch.zeros(1, dtype=torch.float64), knots.diff().pow(2 / 3).cumsum(0)])
+    # Between neighbours the density is 1 / distance, so that its cube root holds distance ** (2/3).
+    shares = torch.cat([torch.zeros(1, dtype=torch.float64), ordered.diff().pow(2 / 3).cumsum(0)])
     wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count * shares[-1]
-    upper = torch.searchsorted(shares, wanted).clamp(1, len(knots) - 1)
-    within = (wanted - shares[upper - 1]) / (shares[upper] - shares[upper - 1]).clamp(min=1e-300)
-    return knots[upper - 1] + within * (knots[upper] - knots[upper - 1])
+    return ordered[torch.searchsorted(shares, wanted).clamp(max=len(ordered) - 1)]
 
 
 def closest(rows: Tensor, centroids: Tensor) -> Tensor:
