@@ -90,9 +90,9 @@ def windows(checkpoint: Checkpoint, utterances: Sequence[Utterance]) -> list[Win
     filters = audio.mel_filters(checkpoint.dims.n_mels)
     made = []
     for utterance in utterances:
+        prompt = runner.tokens.prompt(utterance.language)
         samples = audio.load_audio(utterance.path)[: audio.WINDOW_SAMPLES]
         mel = audio.log_mel(samples, filters)[None]
-        prompt = runner.tokens.prompt(utterance.language)
         heard = runner.generate(mel, DecodeOptions(language=utterance.language))[0].tokens
         made.append(
             Window(

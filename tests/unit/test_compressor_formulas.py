@@ -196,10 +196,9 @@ def test_kmeans_against_scikit_learn(count, tails):
     columns = values[:, None].numpy()
     theirs = KMeans(count, n_init=1, random_state=0).fit(columns)
     inertia = float((values - ours[cluster.closest(values[None], ours[None])[0]]).square().sum())
-    # Both are local optima; scikit-learn's start spends more on single values far out, ours is 100 times faster.
-    assert inertia <= 1.06 * theirs.inertia_
+    assert inertia <= theirs.inertia_
     # A fixed point: scikit-learn moves no centroid.
-    again = KMeans(count, init=ours[:, None].numpy(), n_init=1, tol=0).fit(columns)
+    again = KMeans(count, init=ours[:, None].numpy(), n_init=1, tol=0, max_iter=1).fit(columns)
     assert np.allclose(np.sort(again.cluster_centers_[:, 0]), ours, atol=1e-3)
 
 
