@@ -59,7 +59,7 @@ class Space:
         """Every parameter of the search at a precision, and what it may be."""
         layers = self.dims.decoder_layers
         depths = sorted({max(1, round(share * layers)) for share in DEPTHS}, reverse=True)
-        cuts = {"decoder_layers": depths, "ffn": list(WIDTHS), "rank": list(RANKS)}
+        cuts: dict[str, list[Any]] = {"decoder_layers": depths, "ffn": list(WIDTHS), "rank": list(RANKS)}
         if precision != PACKED:
             return cuts
         names = [f"{side}_bits_{i}" for side in SIDES for i in range(self._groups(side))]

@@ -171,14 +171,14 @@ def test_a_budget_that_can_be_met_is_met(space, tmp_path, text):
 
 
 def test_what_fails_on_all_clips_is_never_reported(space, tmp_path):
-    found = searched(space, Paper(lies=3.0), tmp_path, "delta_wer<=0.5")
+    found = searched(space, Paper(lies=3.0), tmp_path, "delta_wer<=0.5", trials=24)
     assert not cuts(found.winner.candidate)
     assert found.rejected
     assert all("delta_wer<=0.5 points not met" in reason for reason in found.rejected)
 
 
 def test_what_fails_a_second_time_is_never_reported(space, tmp_path):
-    found = searched(space, Paper(flaky=True), tmp_path, "delta_wer<=0.5")
+    found = searched(space, Paper(flaky=True), tmp_path, "delta_wer<=0.5", trials=24)
     assert not cuts(found.winner.candidate)
     assert found.rejected
     assert all("fail: ΔWER" in reason for reason in found.rejected)
