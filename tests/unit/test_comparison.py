@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from asr_core import registry
 from compressors import recipe, winograd
 from compressors.comparison import Line, files
 from compressors.published import CONFORMER, Published
@@ -46,14 +47,9 @@ def test_the_table_has_every_line_and_says_what_is_missing():
 
 @pytest.mark.parametrize("file", files([]), ids=lambda file: file.stem)
 def test_the_carried_recipes_are_valid(file):
-    """And name artifacts that there are."""
-    from asr_core import build
-
     whole = recipe.read_whole(file)
     assert whole.title != file.stem
-    for artifact in whole.artifacts:
-        target, _, precision = artifact.partition("-")
-        build.check_precision(target, precision)
+    assert {artifact.partition("-")[0] for artifact in whole.artifacts} <= set(registry.names("exporters"))
 
 
 @pytest.mark.parametrize(("width", "length"), [(1, 2), (7, 10), (128, 3000)])
