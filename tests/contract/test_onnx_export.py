@@ -166,7 +166,7 @@ def test_a_sharded_float16_checkpoint_gives_the_same_files(exported, shape_folde
 def unpacked(tensor: onnx.TensorProto, scales: onnx.TensorProto) -> np.ndarray:
     """What MatMulNBits' documentation says that 4-bit blocks mean: the low half of a byte first, 8 is zero."""
     stored = onnx.numpy_helper.to_array(tensor)
-    codes = np.stack([stored & 15, stored >> 4], -1).reshape(*stored.shape[:2], -1).astype(np.int64) - 8
+    codes = np.stack([stored & 15, stored >> 4], -1).reshape(*stored.shape[:2], -1).astype(np.float32) - 8
     values = codes * onnx.numpy_helper.to_array(scales).astype(np.float32)[..., None]
     return values.reshape(len(stored), -1)
 
