@@ -42,6 +42,8 @@ def nearest(weight: torch.Tensor) -> Integers:
 
 def packed(codes: torch.Tensor) -> NDArray[np.uint8]:
     """Codes of 4 bits, two to a byte, the first in the lower half; flat, an even number of them."""
-    halves = codes.reshape(-1, 2).numpy().view("uint8") & 0xF
-    pairs: NDArray[np.uint8] = halves[:, 0] | halves[:, 1] << 4
-    return pairs
+    import numpy as np
+
+    pairs: NDArray[np.uint8] = codes.reshape(-1, 2).numpy().view(np.uint8) & np.uint8(0xF)
+    pairs[:, 0] |= pairs[:, 1] << 4
+    return pairs[:, 0].copy()
