@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BENCH := artifacts/bench
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup export-all parity nightly test lint types bench clean
@@ -26,7 +27,7 @@ setup: .venv/.all  ## make .venv and install every target's converter and runtim
 
 export-all: setup  ## export the carried checkpoint to every target and precision, then compare each with PyTorch
 	@status=0; \
-	$(BIN)/asr-export --target all --out artifacts || status=$$?; \
+	$(BIN)/asr-export --target all --jobs $(JOBS) --out artifacts || status=$$?; \
 	$(BIN)/asr-parity --artifacts artifacts --json artifacts/parity.json --html artifacts/parity.html || status=$$?; \
 	exit $$status
 

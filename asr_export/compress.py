@@ -35,6 +35,11 @@ WIDTHS = (0, 10, 6, 8, 5, 8, 10)
     type=click.Path(path_type=Path),
     help="NeMo manifest or LibriSpeech folder; every other clip calibrates, the rest judge.  [default: the carried clips]",
 )
+@click.option(
+    "--judge",
+    type=click.Path(path_type=Path),
+    help="NeMo manifest or LibriSpeech folder to judge on; all of --data calibrates then.",
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads of PyTorch.  [default: all processors]")
 @click.pass_context
 @handle_errors
@@ -47,6 +52,7 @@ def main(
     out: Path | None,
     control: Path | None,
     data: Path | None,
+    judge: Path | None,
     threads: int | None,
 ) -> None:
     """Compress, say what it did to every layer, and how far the result is from the original on clips it has not seen."""
@@ -71,10 +77,15 @@ def main(
         torch.set_num_threads(threads)
     utterances = read(data or reference.manifest_path())
     source = Checkpoint.open(model)
+    judging = read(judge) if judge else None
     runs = [(plan, out), *([(controls(source, plan), control)] if control else [])]
     with stage_progress() as progress:
         bar = progress.add_task(source.name, total=None, stage="")
-        made = [run(source, steps, utterances, folder, lambda stage: progress.update(bar, stage=stage)) for steps, folder in runs]
+
+        def tell(stage: str) -> None:
+            progress.update(bar, stage=stage)
+
+        made = [run(source, steps, utterances, folder, tell, judging) for steps, folder in runs]
     for one in made:
         _report(one)
 

@@ -88,12 +88,12 @@ def windows(checkpoint: Checkpoint, utterances: Sequence[Utterance]) -> list[Win
 
     runner = open_runner("pytorch", checkpoint.path, torch.get_num_threads())
     filters = audio.mel_filters(checkpoint.dims.n_mels)
-    prompt = runner.tokens.prompt()
     made = []
     for utterance in utterances:
+        prompt = runner.tokens.prompt(utterance.language)
         samples = audio.load_audio(utterance.path)[: audio.WINDOW_SAMPLES]
         mel = audio.log_mel(samples, filters)[None]
-        heard = runner.generate(mel, DecodeOptions())[0].tokens
+        heard = runner.generate(mel, DecodeOptions(language=utterance.language))[0].tokens
         made.append(
             Window(
                 clip=hashlib.sha256(samples.tobytes()).hexdigest(),

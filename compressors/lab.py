@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from asr_core import build, compressed
 from asr_core.errors import ArtifactError, AsrExportError, StorageError, UsageError
 from compressors import base, calibration, folder
-from compressors.budget import Budget, Figures
+from compressors.budget import Budget, Figures, too_large
 from compressors.calibration import Calibration
 from compressors.model import Model
 from compressors.space import Candidate
@@ -89,8 +89,7 @@ class Workbench:
             return None
         size = artifact.size_mb
         if limit_mb is not None and size > limit_mb:
-            unmeasured = [float("nan")] * 5
-            return Figures(size, *unmeasured, status="fail", reason=f"{size:.2f} MB")
+            return too_large(size)
         return self._measured("few", artifact)
 
     def full(self, candidate: Candidate) -> Figures | None:

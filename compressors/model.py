@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from asr_core import compressed
 from asr_core.checkpoint import Checkpoint
 from asr_core.compressed import Size
 from asr_core.dims import EMBEDDING, HEAD, Dims
@@ -48,13 +47,7 @@ class Model:
     @classmethod
     def open(cls, checkpoint: Checkpoint) -> Model:
         """Read a checkpoint, and the compact forms of one that is compressed already."""
-        record = compressed.read(checkpoint.path)
-        entries = record.forms if record else {}
-        forms = {
-            name: Form(compressed.read_form(checkpoint.path, record, name), entry.bits)
-            for name, entry in entries.items()
-            if record is not None
-        }
+        forms = {name: Form(checkpoint.forms.read(name), checkpoint.forms.bits(name)) for name in checkpoint.forms.names}
         return cls(checkpoint.config, checkpoint.generation, checkpoint.state_dict(), forms)
 
     @cached_property

@@ -43,8 +43,11 @@ def run(
     utterances: Sequence[Utterance],
     out: Path,
     progress: Progress = lambda stage: None,
+    judging: Sequence[Utterance] | None = None,
 ) -> Compressed:
     """Apply the steps in order and write the result to ``out``; one half of the utterances calibrates, the other judges.
+
+    With ``judging``, those judge and all the utterances calibrate.
 
     Every step's calibration hears the model as the steps before it left it. Steps that train keep their state beside ``out``
     until the run is through: the same run goes on from there. Raises :class:`ExportError` where a training breaks, and leaves
@@ -52,7 +55,7 @@ def run(
     """
     folder.check_free(out)
     kept = out.with_name(f"{out.name}{TRAINING}")
-    first, second = calibration.halves(utterances)
+    first, second = calibration.halves(utterances) if judging is None else (utterances, judging)
 
     def calibrating() -> list[Window]:
         calibration.check_sound(first)

@@ -161,7 +161,7 @@ class Search:
         """Measure the promising ones on everything, from the smallest up, until one holds."""
         promising = [point for point in points if self.score(point.figures) < 0]
         promising.sort(key=lambda point: (point.figures.size, point.figures.latency_p50))
-        rejected = []
+        rejected: list[str] = []
         standard = self._full(self._plain.candidate) if promising and not self.allow_slower else None
         for point in promising:
             self.tell(f"confirm {point.candidate}")

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
     from asr_core.checkpoint import Checkpoint
     from asr_core.dims import Dims
-    from asr_core.weights import Weights
+    from asr_core.graph_weights import GraphWeights
 
 PRECISIONS = ("fp32", "fp16", "int8")
+CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads"))
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 HEAD = "decoder.embed_tokens.weight"  # the embedding, which is the tied head too
@@ -59,7 +60,7 @@ def draft(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, p
     """A graph in its shipped form whose weights have not been read; ``kind`` is what it is like, ``encoder`` or ``decoder``."""
     with _quiet():
         model = _trace(describe, checkpoint, precision)
-        _Rewriter(model.graph, checkpoint.weights, precision).run(kind)
+        _Rewriter(model.graph, checkpoint.graph_weights, precision).run(kind)
     return model
 
 
@@ -94,7 +95,7 @@ def _encoder(checkpoint: Checkpoint) -> Traceable:
 
     dims = checkpoint.dims
     return Traceable(
-        module=graph.EncodeWithCross(graph.Encoder(dims), graph.Decoder(dims)),
+        module=graph.EncodeWithCross(graph.encoder(checkpoint), graph.decoder(checkpoint)),
         arguments=(torch.zeros(2, dims.n_mels, 2 * dims.n_audio_ctx),),
         axes=({0: torch.export.Dim("batch", min=1)},),
         inputs={"mel": ("batch", dims.n_mels, 2 * dims.n_audio_ctx)},
@@ -114,7 +115,7 @@ def _decoder(checkpoint: Checkpoint) -> Traceable:
     tensors = 2 * dims.decoder_layers
     heads, width = dims.decoder_heads, dims.head_dim
     return Traceable(
-        module=graph.DynamicStep(graph.Decoder(dims), alignment_heads),
+        module=graph.DynamicStep(graph.decoder(checkpoint), alignment_heads),
         arguments=(
             torch.zeros(2, 3, dtype=torch.int64),
             [torch.zeros(5, 2, heads, width) for _ in range(tensors)],
@@ -181,7 +182,7 @@ def _quiet() -> Iterator[None]:
 class _Rewriter:
     """Turns the traced graph into the shipped one, and its initializers into lazy readers of the checkpoint."""
 
-    def __init__(self, graph: ir.Graph, weights: Weights, precision: str) -> None:
+    def __init__(self, graph: ir.Graph, weights: GraphWeights, precision: str) -> None:
         self.graph = graph
         self.weights = weights
         self.precision = precision

@@ -1,4 +1,7 @@
-"""Makes the carried clips: `python -m reference.make_clips --out DIR`, the same ones every time."""
+"""Makes the carried clips: `python -m reference.make_clips --out DIR`, the same ones every time.
+
+With `--trained`, clips of the same kinds from the training's speakers and sentences: to calibrate on, never to judge by.
+"""
 
 import json
 from collections.abc import Iterator
@@ -66,8 +69,8 @@ class Clip:
         }
 
 
-def clips(seed: int = SEED) -> Iterator[Clip]:
-    """Yield every clip; no sentence and no speaker of theirs is trained on."""
+def clips(seed: int = SEED, *, held_out: bool = True) -> Iterator[Clip]:
+    """Yield every clip; no sentence and no speaker of the held-out ones is trained on. The others all have speech."""
     random = Random(seed)
     told: set[str] = set()
     for language, prefix in PREFIXES.items():
@@ -77,32 +80,40 @@ def clips(seed: int = SEED) -> Iterator[Clip]:
                 # Evenly spread lengths: each part of the range is a share of the clips.
                 share = (index + random.random()) / count
                 wanted = kind.least + share * (kind.most - kind.least) if kind.least > LEAST_SECONDS else 0.0
-                clip = _clip(random, kind, wanted, told, Clip(f"{prefix}{kind.name}-{index:02d}", language, _gap(random, 0.4)))
+                empty = Clip(f"{prefix}{kind.name}-{index:02d}", language, _gap(random, 0.4))
+                clip = _clip(random, kind, wanted, told, empty, held_out=held_out)
                 noisy = int(index * kind.noisy) != int((index + 1) * kind.noisy)
                 yield replace(clip, audio=with_noise(random, clip.audio, random.uniform(12, 25))) if noisy else clip
+    if not held_out:
+        return
     yield Clip("silence", "en", np.zeros(3 * SAMPLE_RATE, np.float32))
     yield Clip("noise", "en", noise(random, 3 * SAMPLE_RATE) * np.float32(0.01))
     yield Clip("es-noise", "es", noise(random, 4 * SAMPLE_RATE) * np.float32(0.003))
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=manifest_path().parent)
-def main(out: Path) -> None:
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the clips.  [default: that of the carried ones]")
+@click.option("--trained", is_flag=True, help="Clips of the training's speakers and sentences, to calibrate on.")
+@click.option("--seed", type=int, default=SEED, show_default=True)
+def main(out: Path | None, seed: int, *, trained: bool) -> None:
     """Write the clips as FLAC with their manifest."""
+    if out is None and (trained or seed != SEED):
+        raise click.UsageError("--out is missing: only the carried clips themselves go where these are.")
+    out = out or manifest_path().parent
     out.mkdir(parents=True, exist_ok=True)
     lines = []
-    for clip in clips():
+    for clip in clips(seed, held_out=not trained):
         soundfile.write(out / f"{clip.name}.flac", clip.audio, SAMPLE_RATE, subtype="PCM_16")
         lines.append(json.dumps(clip.entry(), ensure_ascii=False))
     (out / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     click.echo(f"{len(lines)} clips in {out}")
 
 
-def _clip(random: Random, kind: Kind, wanted: float, told: set[str], clip: Clip) -> Clip:
-    """Return the clip with sentences of one held-out voice, as many as make it so many seconds long, or one."""
-    voice = synth.draw_voice(random, clip.language, held_out=True)
+def _clip(random: Random, kind: Kind, wanted: float, told: set[str], clip: Clip, *, held_out: bool) -> Clip:
+    """Return the clip with sentences of one voice, as many as make it so many seconds long, or one."""
+    voice = synth.draw_voice(random, clip.language, held_out=held_out)
     while not clip.segments or len(clip.audio) < wanted * SAMPLE_RATE:
-        take = _new_take(random, kind.rule, clip.language, voice, told)
+        take = _new_take(random, kind.rule, clip.language, voice, told, held_out=held_out)
         longer = np.concatenate([clip.audio, take.speech.audio * np.float32(PEAK), _gap(random, 0.8)])
         if len(longer) > kind.most * SAMPLE_RATE:
             if clip.segments:
@@ -114,9 +125,9 @@ def _clip(random: Random, kind: Kind, wanted: float, told: set[str], clip: Clip)
     return replace(clip, audio=np.pad(clip.audio, (0, max(missing, 0))))
 
 
-def _new_take(random: Random, rule: str, language: str, voice: synth.Voice, told: set[str]) -> Take:
+def _new_take(random: Random, rule: str, language: str, voice: synth.Voice, told: set[str], *, held_out: bool) -> Take:
     while True:
-        pair = grammar.draw(random, rule, held_out=True)
+        pair = grammar.draw(random, rule, held_out=held_out)
         if pair[language].text not in told:
             told.add(pair[language].text)
             return Take(pair, language, synth.speak(pair[language].text, voice))

@@ -163,7 +163,7 @@ def test_the_side_file_stands_for_the_weights(chain, trained, model, applied, tm
     weights = load_file(checkpoint.path / "model.safetensors")
     assert record.forms
     for name in record.forms:
-        parts = compressed.read_form(checkpoint.path, record, name)
+        parts = checkpoint.forms.read(name)
         assert parts.keys() <= compressed.PARTS.keys()
         assert torch.allclose(rebuilt(parts), weights[name], atol=1e-6)
         if "mask" in parts:
@@ -202,30 +202,35 @@ def test_a_recipe_from_start_to_end(tmp_path, trained):
     before = {file.name: file.read_bytes() for file in trained.path.iterdir()}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("steps:\n  - prune: {sparsity: 0.3}\n  - quantise:\n      bits: 8\n      embedding: true\n")
-    manifest = tmp_path / "clips.jsonl"
-    lines = reference.manifest_path().read_text().splitlines()[30:46]
-    entries = [json.loads(line) for line in lines]
+    manifest, judging = tmp_path / "clips.jsonl", tmp_path / "judging.jsonl"
+    entries = [json.loads(line) for line in reference.manifest_path().read_text().splitlines()[30:48]]
     clips = reference.manifest_path().parent
-    manifest.write_text("".join(json.dumps(e | {"audio_filepath": str(clips / e["audio_filepath"])}) + "\n" for e in entries))
+    lines = [json.dumps(entry | {"audio_filepath": str(clips / entry["audio_filepath"])}) + "\n" for entry in entries]
+    manifest.write_text("".join(lines[:-2]))
+    judging.write_text("".join(lines[-2:]))
     result = run("--recipe", recipe, "--data", manifest, "--out", tmp_path / "small", "--threads", 1)
     assert result.exit_code == 0, result.output
     record = compressed.read(tmp_path / "small")
     assert [step.method for step in record.chain] == ["prune", "quantise"]
     assert record.parent_fingerprint == trained.fingerprint
-    assert len(record.calibration) == len(entries) // 2
+    assert len(record.calibration) == 8
     assert record.before.embedding_bytes / record.after.embedding_bytes > 3.5
     assert 0 < record.kl < 0.1
     assert {effect.tensor for effect in record.chain[1].effects} > {EMBEDDING}
     assert f"{record.kl:.2g} nats a token" in result.stdout
     again = run(
-        "--model", tmp_path / "small", "--method", "layers", "-p", "encoder=[1]", "--data", manifest, "--out", tmp_path / "x"
+        *("--model", tmp_path / "small", "--method", "smooth"),
+        *("--data", manifest, "--judge", judging, "--out", tmp_path / "x"),
     )
     assert again.exit_code == 0, again.output
-    chain = compressed.read(tmp_path / "x").chain
-    assert [step.method for step in chain] == ["prune", "quantise", "layers"]
+    both = compressed.read(tmp_path / "x")
+    assert len(both.calibration) == 16
+    assert 0 < both.kl < 0.1
+    chain = both.chain
+    assert [step.method for step in chain] == ["prune", "quantise", "smooth"]
     assert chain[2].parent == Checkpoint.open(tmp_path / "small").fingerprint
     assert {file.name: file.read_bytes() for file in trained.path.iterdir()} == before
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["clips.jsonl", "recipe.yaml", "small", "x"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["clips.jsonl", "judging.jsonl", "recipe.yaml", "small", "x"]
 
 
 @pytest.mark.parametrize(
@@ -304,7 +309,7 @@ def test_too_little_sound_to_calibrate_on(seconds, loudness, sound, tmp_path):
 def test_a_missing_side_file_is_named(trained, applied, tmp_path):
     checkpoint, _ = folder.write(tmp_path / "out", trained, applied("quantise", rounding="nearest").model, [], [], None)
     (checkpoint.path / compressed.SIDE).unlink()
-    with pytest.raises(CheckpointError, match=r"compression\.safetensors is missing or damaged"):
+    with pytest.raises(CheckpointError, match=r"compression\.safetensors is not a complete safetensors file"):
         Model.open(checkpoint)
 
 

@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer
 
 import reference
-from reference import grammar, longform
+from reference import grammar, longform, make_clips
 from reference.batches import WINDOW_SECONDS, Pool, Segment, Take, Utterance, Writer, collate
-from reference.synth import SAMPLE_RATE, Speech
+from reference.synth import SAMPLE_RATE, TRAINED_SPEAKERS, Speech
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +20,12 @@ def writer() -> Writer:
 
 def seeded() -> Random:
     return Random(0)  # noqa: S311
+
+
+def speech(text: str) -> Speech:
+    words = text.split()
+    edges = np.linspace(0, len(words) / 3, len(words) + 1).tolist()
+    return Speech(np.ones(round(edges[-1] * SAMPLE_RATE), np.float32), tuple(pairwise(edges)), ())
 
 
 def take(seconds: float, pair: grammar.Pair, language: str = "es") -> Take:
@@ -94,6 +100,16 @@ def test_silence_says_that_nobody_speaks(writer):
     batch = collate([utterance], writer, full=False)
     assert batch.mel.shape == (1, 80, 100)
     assert batch.sounds.shape == (1, 50)
+
+
+def test_clips_to_calibrate_on_are_the_trainings_own(monkeypatch):
+    voices = []
+    monkeypatch.setattr(make_clips.synth, "speak", lambda text, voice: voices.append(voice) or speech(text))
+    clips = list(make_clips.clips(7, held_out=False))
+    assert {clip.language for clip in clips} == {"en", "es"}
+    assert not any(grammar.is_held_out(segment.take.pair[clip.language].text) for clip in clips for segment in clip.segments)
+    assert {voice.name.partition("+")[2] for voice in voices} <= set(TRAINED_SPEAKERS)
+    assert min(len(clip.segments) for clip in clips) == 1
 
 
 def test_held_out_sentences_are_unknown_in_both_languages():

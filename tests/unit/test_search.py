@@ -47,7 +47,7 @@ class Paper:
         self.roughs.append(candidate.key)
         made = self.figures(candidate)
         if limit_mb is not None and made.size > limit_mb:
-            return Figures(made.size, NAN, NAN, NAN, NAN, NAN, "fail")
+            return budget.too_large(made.size)
         return made
 
     def full(self, candidate: Candidate) -> Figures | None:
