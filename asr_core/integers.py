@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from asr_core.graph_weights import Integers
+from asr_core.graph_weights import FEW_BITS, MOST_BITS, Integers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from asr_core.graph_weights import GraphWeights
 
-BITS = 4
 GROUP = 32  # neighbours in a row that share a scale
 LARGEST_CODE = 7
 SMALLEST_SCALE = 2.0**-24  # of float16
@@ -25,7 +24,7 @@ def stored(weights: GraphWeights, name: str) -> Integers:
     recorded = weights.integers(name)
     if recorded is None:
         return nearest(weights.read(name).float())
-    return replace(recorded, bits=BITS if recorded.bits <= BITS else 8)
+    return replace(recorded, bits=FEW_BITS if recorded.bits <= FEW_BITS else MOST_BITS)
 
 
 def nearest(weight: torch.Tensor) -> Integers:
@@ -38,11 +37,13 @@ def nearest(weight: torch.Tensor) -> Integers:
     groups = weight.reshape(rows, -1, columns if columns % GROUP else GROUP)
     scales = (groups.abs().amax(-1) / LARGEST_CODE).half().float().clamp(min=SMALLEST_SCALE)
     codes = (groups / scales[..., None]).round().clamp(-LARGEST_CODE, LARGEST_CODE)
-    return Integers(codes.char().reshape(rows, columns), scales, BITS)
+    return Integers(codes.char().reshape(rows, columns), scales, FEW_BITS)
 
 
 def packed(codes: torch.Tensor) -> NDArray[np.uint8]:
     """Codes of 4 bits, two to a byte, the first in the lower half; flat, an even number of them."""
-    halves = codes.reshape(-1, 2).numpy().view("uint8") & 0xF
-    pairs: NDArray[np.uint8] = halves[:, 0] | halves[:, 1] << 4
-    return pairs
+    import numpy as np
+
+    pairs: NDArray[np.uint8] = codes.reshape(-1, 2).numpy().view(np.uint8) & np.uint8(0xF)
+    pairs[:, 0] |= pairs[:, 1] << 4
+    return pairs[:, 0].copy()

@@ -23,13 +23,16 @@ from asr_core.artifact import TensorSpec
 from asr_core.checkpoint import Checkpoint
 from asr_core.dims import Dims, expected_shapes
 from asr_core.errors import ExportError
-from asr_core.integers import BITS, stored
+from asr_core.graph_weights import FEW_BITS
+from asr_core.integers import stored
 from asr_core.isolate import Progress
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
+
+    from asr_core.graph_weights import GraphWeights
 
 STATEFUL = "-stateful"
 # Four bits need the finer palettes that only the newer runtimes have: one palette a tensor costs the carried checkpoint five
@@ -375,14 +378,10 @@ def _set_sizes_apart(module: torch.nn.Module, palettes: Collection[str]) -> None
         return nn.Parameter(weight / sizes[:, None]), nn.Parameter(sizes)
 
     with torch.no_grad():
-        for path, parent in list(module.named_modules()):
-            for name, child in list(parent.named_children()):
-                if f"{path}.{name}.weight" in palettes:
-                    continue
-                if isinstance(child, nn.Linear) and not child.weight.is_meta:
-                    setattr(parent, name, Linear(child))
-                elif name == "embed_tokens" and isinstance(child, nn.Embedding) and not child.weight.is_meta:
-                    setattr(parent, name, Embedding(child))
+        for path, child in list(module.named_modules()):
+            kind = Linear if isinstance(child, nn.Linear) else Embedding if path.endswith("embed_tokens") else None
+            if kind and not child.weight.is_meta and f"{path}.weight" not in palettes:
+                module.set_submodule(path, kind(child))
 
 
 # --- conversion
@@ -478,7 +477,7 @@ def _integer_pass(graph_weights: GraphWeights) -> str:
         def _store(self, block: Any) -> None:
             for op in [op for op in block.operations if op.op_type == "const" and op.name in matrices]:
                 integers = stored(graph_weights, matrices[op.name])
-                dtype = types.np_int4_dtype if integers.bits == BITS else np.int8
+                dtype = types.np_int4_dtype if integers.bits == FEW_BITS else np.int8
                 weight = Builder.constexpr_blockwise_shift_scale(
                     data=integers.codes.numpy().astype(dtype),
                     scale=integers.scales.numpy().astype(np.float16),

@@ -20,6 +20,7 @@ from asr_core.artifact import TensorSpec
 from asr_core.checkpoint import Checkpoint
 from asr_core.dims import Dims
 from asr_core.errors import ExportError
+from asr_core.graph_weights import FEW_BITS
 from asr_core.integers import nearest, packed, stored
 from asr_core.isolate import Progress
 
@@ -277,9 +278,7 @@ def _to_integers(model: Any, weights: GraphWeights) -> None:
     import torch
 
     # The converter loses the names of weights; their values tell them.
-    recorded = {
-        _digest(weights.read(name).float().numpy()): name for name in weights.names if weights.integers(name) is not None
-    }
+    recorded = {_digest(weights.read(name).float().numpy()): name for name in weights.names if weights.integers(name) is not None}
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.f32:
             continue
@@ -306,7 +305,7 @@ def _dequantised(integers: Integers) -> Any:
     from openvino import opset13 as op
 
     shape = [*integers.scales.shape, -1]
-    if integers.bits == 4:
+    if integers.bits == FEW_BITS:
         codes = ov.Tensor(ov.Type.i4, integers.codes.reshape(shape).shape)
         codes.data[:] = packed(integers.codes).view(codes.data.dtype)
     else:
