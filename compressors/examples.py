@@ -56,15 +56,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples side by side: mel [B, n_mels, 3000], inputs and labels int64 [B, T]; padding has no loss."""
+    """Examples side by side: mel [B, n_mels, 3000], inputs and labels int64 [B, T]; padding has no loss.
+
+    ``states`` [B, positions, d] are the encoder's, where that is not trained and they are known.
+    """
 
     mel: Tensor
     inputs: Tensor
     labels: Tensor
+    states: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        return Batch(self.mel.to(device), self.inputs.to(device), self.labels.to(device))
+        states = None if self.states is None else self.states.to(device)
+        return Batch(self.mel.to(device), self.inputs.to(device), self.labels.to(device), states)
 
 
 class Examples(Protocol):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from asr_core import registry
 from asr_core.checkpoint import Checkpoint
 from asr_core.compressed import Size
 from asr_core.dims import EMBEDDING, HEAD, Dims
@@ -103,12 +104,12 @@ class Model:
 
     def module(self) -> WhisperForConditionalGeneration:
         """The model in transformers, over these very tensors (no copies), for evaluation."""
-        from runners import pytorch  # imports transformers without its slow neighbours
-
-        config = pytorch.WhisperForConditionalGeneration.config_class.from_dict(self.config)
+        # As the PyTorch runner imports it: without a neighbour that takes seconds.
+        whisper = registry.import_alone("transformers.models.whisper.modeling_whisper", without=["torchao"])
+        config = whisper.WhisperConfig.from_dict(self.config)
         config._attn_implementation = "sdpa"  # noqa: SLF001 - from_config's only way to say it
         with torch.device("meta"):
-            module = pytorch.WhisperForConditionalGeneration(config)
+            module: WhisperForConditionalGeneration = whisper.WhisperForConditionalGeneration(config)
         module.load_state_dict({**self.tensors, HEAD: self.tensors[EMBEDDING]}, strict=True, assign=True)
         return module.eval()
 

@@ -63,7 +63,7 @@ def run(
 
     heard = Calibration(calibrating, source)
     before = model = Model.open(source)
-    steps = []
+    steps: list[Step] = []
     for number, planned in enumerate(plan, 1):
         method = base.method(planned.method)
         heard.work = kept / _stamp(source, plan[:number])

@@ -29,8 +29,8 @@ CALIBRATING, JUDGING = 24, 10
 
 @pytest.fixture(scope="module")
 def halves() -> tuple[list[data.Utterance], list[data.Utterance]]:
-    first, second = calibration.halves(data.read(reference.manifest_path()))
-    return first[:: len(first) // CALIBRATING], second[:: len(second) // JUDGING]
+    first, second = calibration.halves(data.read(reference.manifest_path()), CALIBRATING)
+    return first, second[: 2 * JUDGING : 2]
 
 
 @pytest.fixture(scope="module")

@@ -188,16 +188,17 @@ def test_a_budget_is_kept_and_used(share):
 # --- clusters
 
 
-@pytest.mark.parametrize("count", [16, 64])
-def test_kmeans_against_scikit_learn(count):
-    values = weight_of(1, 20000)[0]
+@pytest.mark.parametrize("tails", ["normal", "laplace"])
+@pytest.mark.parametrize("count", [16, 256])
+def test_kmeans_against_scikit_learn(count, tails):
+    values = torch.from_numpy(getattr(np.random.default_rng(0), tails)(size=20000)).float()
     ours = cluster.kmeans(values, count)
     columns = values[:, None].numpy()
     theirs = KMeans(count, n_init=1, random_state=0).fit(columns)
     inertia = float((values - ours[cluster.closest(values[None], ours[None])[0]]).square().sum())
-    assert inertia <= 1.02 * theirs.inertia_
+    assert inertia <= theirs.inertia_
     # A fixed point: scikit-learn moves no centroid.
-    again = KMeans(count, init=ours[:, None].numpy(), n_init=1, tol=0).fit(columns)
+    again = KMeans(count, init=ours[:, None].numpy(), n_init=1, tol=0, max_iter=1).fit(columns)
     assert np.allclose(np.sort(again.cluster_centers_[:, 0]), ours, atol=1e-3)
 
 

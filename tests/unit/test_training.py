@@ -179,6 +179,23 @@ def test_the_loss_is_the_formulas(model):
     assert loss.item() == pytest.approx(alpha * entropy + (1 - alpha) * temperature**2 * kl, rel=1e-4)
 
 
+def test_an_encoder_that_is_not_trained_hears_every_window_once(model, tmp_path, monkeypatch):
+    """What is kept of it gives the loss that the windows themselves give, to half precision."""
+    batch = examples.collate([Noise()[0], Noise()[1]], 50257)
+    module = model.module()
+    kept = training.Encoded(module, tmp_path / "states")
+    first = kept.states([4, 9], batch.mel)
+    monkeypatch.setattr(module.model.encoder, "forward", None)
+    again = training.Encoded(module, tmp_path / "states").states([9, 4], batch.mel)
+    assert torch.equal(first[0], again[1])
+    target = Whole(torch.zeros(8, 51865).log_softmax(-1), 1.0)
+    made = latent.latents(model, {}, encoder=False)
+    losses = [
+        training.loss_of(model.module(), made, one, target, Weighing(1, 1, 0)) for one in (batch, replace(batch, states=first))
+    ]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-3)
+
+
 # --- the loop
 
 
