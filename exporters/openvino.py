@@ -7,7 +7,6 @@ that they are computed once after each reset and no branch is needed.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import warnings
@@ -21,7 +20,7 @@ from asr_core.checkpoint import Checkpoint
 from asr_core.dims import Dims
 from asr_core.errors import ExportError
 from asr_core.graph_weights import FEW_BITS
-from asr_core.integers import nearest, packed, stored
+from asr_core.integers import by_values, packed
 from asr_core.isolate import Progress
 
 if TYPE_CHECKING:
@@ -275,27 +274,20 @@ def _to_integers(model: Any, weights: GraphWeights) -> None:
     nncf itself can't be given codes.
     """
     import openvino as ov
-    import torch
 
-    # The converter loses the names of weights; their values tell them.
-    recorded = {_digest(weights.read(name).float().numpy()): name for name in weights.names if weights.integers(name) is not None}
+    integers = by_values(weights)
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.f32:
             continue
         targets, values = node.output(0).get_target_inputs(), node.data
         if any((target.get_node().get_type_name(), target.get_index()) == ("MatMul", 1) for target in targets):
-            name = recorded.get(_digest(values))
-            replaced = _dequantised(stored(weights, name) if name else nearest(torch.tensor(values)))
+            replaced = _dequantised(integers(values))
         elif values.size >= LEAST_HALVED:
             replaced = _in_halves(values)
         else:
             continue
         for target in targets:
             target.replace_source_output(replaced.output(0))
-
-
-def _digest(values: NDArray[np.float32]) -> bytes:
-    return hashlib.sha256(values.tobytes()).digest()
 
 
 def _dequantised(integers: Integers) -> Any:
