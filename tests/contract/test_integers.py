@@ -31,7 +31,7 @@ SPECIAL = {
 TARGETS = ("openvino", "coreml")
 # Of the logits, relative. OpenVINO's plugin rounds what it multiplies compressed weights with to 8 bits (0.012 seen); Core ML's
 # programs round everything to half precision (0.001 seen). One weight's codes in another order err by 0.1 and more.
-ERRORS = {"openvino": 0.03, "coreml": 0.004}
+ERRORS = {"openvino": 0.03, "coreml": 0.004, "tflite": 0.03}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,34 @@ def in_coreml(artifact: Artifact) -> list[tuple[int, np.ndarray]]:
     return found
 
 
-READ: dict[str, Callable[[Artifact], list[tuple[int, np.ndarray]]]] = {"openvino": in_openvino, "coreml": in_coreml}
+def in_tflite(artifact: Artifact) -> list[tuple[int, np.ndarray]]:
+    """The same of the .tflite file, by its schema; position embeddings left out."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    root = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel((artifact.path / "model.tflite").read_bytes(), 0))
+    types, found = {schema.TensorType.INT4: 4, schema.TensorType.INT8: 8}, {}
+    for graph in root.subgraphs:
+        for tensor in graph.tensors:
+            data, quantised = root.buffers[tensor.buffer].data, tensor.quantization
+            if tensor.type not in types or data is None or len(tensor.shape) != 2 or tensor.shape[0] == 448:
+                continue
+            codes = np.asarray(data, np.uint8)
+            if tensor.type == schema.TensorType.INT4:
+                codes = np.stack([codes << 4, codes], 1).view(np.int8) >> 4
+            codes = codes.view(np.int8).reshape(tensor.shape)
+            scales = np.asarray(quantised.scale, np.float32)
+            if quantised.detailsType == schema.QuantizationDetails.BlockwiseQuantization:
+                scales = root.buffers[graph.tensors[quantised.details.scales].buffer].data
+                scales = np.asarray(scales, np.uint8).view(np.float16).astype(np.float32)
+            found[tensor.buffer] = (types[tensor.type], codes * np.repeat(scales, codes.size // len(scales)).reshape(codes.shape))
+    return list(found.values())
+
+
+READ: dict[str, Callable[[Artifact], list[tuple[int, np.ndarray]]]] = {
+    "openvino": in_openvino,
+    "coreml": in_coreml,
+    "tflite": in_tflite,
+}
 
 
 @pytest.mark.parametrize("target", TARGETS)
