@@ -13,10 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from asr_core import artifact, isolate, processes, registry, tokens
+from asr_core import artifact, capacity, isolate, processes, registry, tokens
 from asr_core.artifact import MANIFEST, Artifact, Manifest, TensorSpec
+from asr_core.capacity import Cost
 from asr_core.checkpoint import Checkpoint
-from asr_core.errors import ArtifactError, StorageError, UsageError
+from asr_core.dims import Dims
+from asr_core.errors import ArtifactError, ExportError, StorageError, UsageError
 
 PARTIAL = ".partial-"
 REPLACED = ".replaced-"
@@ -52,10 +54,12 @@ class Exporter(Protocol):
     ``CARRIES`` lists, by precision, the kinds of compact forms (:data:`NOTICES`) that reach the artifact as they are; of a
     precision that it doesn't list, none does. ``export`` writes only below ``folder`` and returns the tensors of its graphs; it
     never writes the manifest. The module imports its converter inside ``export``, so that listing precisions costs nothing.
+    ``COST`` is what exporting takes, by precision, as far as it was measured.
     """
 
     PRECISIONS: tuple[str, ...]
     CARRIES: Mapping[str, Collection[str]]
+    COST: Mapping[str, Cost]
 
     def export(self, checkpoint: Checkpoint, folder: Path, precision: str, progress: isolate.Progress) -> list[TensorSpec]:
         """Convert the checkpoint."""
@@ -72,6 +76,24 @@ def check_precision(target: str, precision: str) -> None:
     known = exporter(target).PRECISIONS
     if precision not in known:
         raise UsageError(f"{target} has no precision {precision!r}; it has: {', '.join(known)}.")
+
+
+def cost(target: str, precision: str) -> Cost | None:
+    """What an export takes; None where nobody has measured it."""
+    return getattr(exporter(target), "COST", {}).get(precision)
+
+
+def refuse_misfit(checkpoint: Checkpoint, target: str, precision: str, out: Path) -> None:
+    """Refuse what cannot be exported for its size: the format's limit, this machine's memory, its disk.
+
+    An exporter whose format has a limit says with ``limits(dims, precision)`` what exceeds it. Raises :class:`ExportError`,
+    :class:`~asr_core.errors.UnavailableError` or :class:`StorageError`.
+    """
+    limits: Callable[[Dims, str], list[str]] | None = getattr(exporter(target), "limits", None)
+    if limits and (reasons := limits(checkpoint.dims, precision)):
+        raise ExportError(f"{target}-{precision} cannot hold {checkpoint.name}: {'; '.join(reasons)}.")
+    if known := cost(target, precision):
+        capacity.check(f"{target}-{precision}", known, checkpoint.dims, out)
 
 
 def notices(checkpoint: Checkpoint, target: str, precision: str) -> list[str]:

@@ -80,6 +80,7 @@ def main(
     force: bool,
 ) -> None:
     """Run the command."""
+    from asr_core import build
     from asr_export import heads
 
     planned = plan(target, precision, layout)
@@ -92,6 +93,7 @@ def main(
         job = Job(name, chosen, out / checkpoint.name / f"{name}-{chosen}")
         try:
             if force or not _up_to_date(checkpoint, job):
+                build.refuse_misfit(checkpoint, name, chosen, out)
                 stale.append(job)
             else:
                 click.echo(f"{job.final}: up to date")
@@ -151,6 +153,7 @@ def require_any(targets: set[str]) -> None:
 
 def run(checkpoint: Checkpoint, stale: list[Job], out: Path, jobs: int, memory_mb: float | None) -> list[AsrExportError]:
     """Export and check every job, ``jobs`` at a time where memory allows; reports each failure and returns them."""
+    from asr_core import build, capacity
     from asr_export import schedule
 
     threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
@@ -169,11 +172,11 @@ def run(checkpoint: Checkpoint, stale: list[Job], out: Path, jobs: int, memory_m
             return None
 
         # The answers that all wait for come first, beside the first export.
-        first = schedule.Need(math.inf, schedule.LIBRARIES_MB)
+        first = schedule.Need(math.inf, schedule.ANSWERS.memory_of(checkpoint.dims))
         answers: schedule.Task[AsrExportError | None] = schedule.Task(first, checker.prepare)
-        needs = [schedule.need(job.name, checkpoint.dims, out) for job in stale]
+        needs = [schedule.need(job.name, build.cost(job.target, job.precision), checkpoint.dims, out) for job in stale]
         tasks = [schedule.Task(need, partial(attempt, job)) for need, job in zip(needs, stale, strict=True)]
-        done = schedule.run([answers, *tasks], jobs, memory_mb or schedule.available_mb())
+        done = schedule.run([answers, *tasks], jobs, memory_mb or capacity.available_mb())
         return [error for error in done if error]
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from asr_core import registry
 from asr_core.artifact import TensorSpec
+from asr_core.capacity import Cost
 from asr_core.checkpoint import Checkpoint
 from asr_core.dims import Dims, expected_shapes
 from asr_core.errors import ExportError
@@ -39,6 +40,8 @@ STATEFUL = "-stateful"
 # points of word errors.
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "palette6", "fp16-stateful", "int8-stateful", "palette4-stateful")
 CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads")) | {"int4": ("factors", "heads", "int8", "int4")}
+# Of the larger half: in float32, traced, and as the program that is made of it. On disk, packages are written twice.
+COST = dict.fromkeys(PRECISIONS, Cost(1500, 12, 4)) | {"fp32": Cost(1000, 10, 8)}
 PALETTE_BITS = {"palette6": 6, "palette4": 4}
 # Rows (columns, where their number doesn't divide) of a weight that share a palette, on runtimes that can do that.
 GROUP = 16

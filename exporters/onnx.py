@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from asr_core import conversions
 from asr_core.artifact import TensorSpec
+from asr_core.capacity import Cost
 from asr_core.errors import ExportError
 from asr_core.graph_weights import Integers
 from asr_core.integers import GROUP, nearest, packed
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 INTEGERS = {"int8": ("int8",), "int4": ("int8", "int4")}
 CARRIES = {precision: ("factors", "heads", *INTEGERS.get(precision, ())) for precision in PRECISIONS}
+# Of libraries and the largest tensor; the data files are the model.
+COST = {"fp32": Cost(750, 0.4, 4), "fp16": Cost(750, 0.3, 2), "int8": Cost(750, 0.3, 1.1), "int4": Cost(750, 0.3, 0.7)}
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 HEAD = "decoder.embed_tokens.weight"  # the embedding, which is the tied head too

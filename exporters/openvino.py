@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from asr_core.artifact import TensorSpec
+from asr_core.capacity import Cost
 from asr_core.checkpoint import Checkpoint
 from asr_core.dims import Dims
 from asr_core.errors import ExportError
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads")) | {"int4": ("factors", "heads", "int8", "int4")}
+# One half of the model in float32, and what is made of it.
+COST = {"fp32": Cost(900, 4, 4), "fp16": Cost(900, 4, 2), "int8": Cost(900, 4, 1.1), "int4": Cost(900, 4, 0.7)}
 ENCODER = "openvino_encoder_model"
 DECODER = "openvino_decoder_model"
 TOKENIZER = "openvino_tokenizer"
