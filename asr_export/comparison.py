@@ -16,6 +16,7 @@ from asr_export.cli import handle_errors, stage_progress
 
 if TYPE_CHECKING:
     from compressors.comparison import Line, Sets
+    from compressors.winograd import Measured
 
 SIDE_BY_SIDE = 6  # contenders beside the original: each is a process that keeps its model
 TOKENS = 15  # a window, as the carried clips have
@@ -54,22 +55,29 @@ def main(
     torch.set_num_threads(threads)
     files = comparison.files(chosen)
     lines: list[Line] = []
+
+    def write(speeds: dict[str, float], kernels: list[Measured]) -> None:
+        """What is known so far."""
+        order = [comparison.ORIGINAL, *(file.stem for file in files)]
+        lines.sort(key=lambda line: (order.index(line.recipe), line.target != comparison.PYTORCH))
+        report.write_json(out / "table.json", {"host": report.host(), "lines": [vars(line) for line in lines], "faster": speeds})
+        (out / "table.md").write_text(table.markdown(lines, speeds, {}, kernels), encoding="utf-8")
+        table.plot(lines, speeds, out / "table.png")
+
     with stage_progress() as progress:
-        bar = progress.add_task("", total=len(files) + 1, stage="")
+        bar = progress.add_task("", total=None, stage="")
 
         def tell(name: str, stage: str) -> None:
             progress.update(bar, description=name, stage=stage)
 
         bench = comparison.Comparison(Checkpoint.open(model), _sets(data, judge, out), out, threads, tell)
         lines += bench.original(comparison.targets(files))
-        for file in files:
-            progress.advance(bar)
-            lines += bench.lines(file)
-    speeds = _speeds(lines, out, rounds, threads) if rounds else {}
-    report.write_json(out / "table.json", {"host": report.host(), "lines": [vars(line) for line in lines], "faster": speeds})
-    kernels = [winograd.measure(width, rounds) for width in winograd.WIDTHS] if rounds else []
-    (out / "table.md").write_text(table.markdown(lines, speeds, {}, kernels), encoding="utf-8")
-    table.plot(lines, speeds, out / "table.png")
+        for pytorch in (False, True):
+            for file in files:
+                lines += bench.lines(file, pytorch=pytorch)
+                write({}, [])
+    if rounds:
+        write(_speeds(lines, out, rounds, threads), [winograd.measure(width, rounds) for width in winograd.WIDTHS])
     for line in lines:
         if line.problem:
             click.echo(f"{line.title}, {line.artifact}: {line.problem}", err=True)
