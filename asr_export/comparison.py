@@ -61,7 +61,7 @@ def main(
         order = [comparison.ORIGINAL, *(file.stem for file in files)]
         lines.sort(key=lambda line: (order.index(line.recipe), line.target != comparison.PYTORCH))
         report.write_json(out / "table.json", {"host": report.host(), "lines": [vars(line) for line in lines], "faster": speeds})
-        (out / "table.md").write_text(table.markdown(lines, speeds, {}, kernels), encoding="utf-8")
+        (out / "table.md").write_text(table.markdown(lines, speeds, kernels), encoding="utf-8")
         table.plot(lines, speeds, out / "table.png")
 
     with stage_progress() as progress:

@@ -23,6 +23,7 @@ from compressors import recipe as recipes
 from compressors.base import METHODS
 from compressors.calibration import windows
 from compressors.lab import Bench
+from compressors.model import Model
 from compressors.recipe import Recipe
 from compressors.run import run
 from parity import provenance
@@ -39,6 +40,8 @@ SHARED = ("calibration.py", "integers.py", "latent.py", "linears.py", "obs.py", 
 ORIGINAL = "original"
 PYTORCH = "pytorch"
 PLAIN = "fp32"
+# The figures of a line that are measured, and kept.
+MEASURED = ("kl", "wer", "delta_wer", "interval", "cer", "identical", "seconds", "peak_rss_mb")
 Tell = Callable[[str, str], None]
 
 
@@ -46,8 +49,8 @@ Tell = Callable[[str, str], None]
 class Line:
     """One artifact of one recipe; ``recipe`` is its file's name, ``artifact`` as ``onnx-int4``, ``path`` what a runner opens.
 
-    Sizes are MB (10⁶ bytes): ``form`` what the checkpoint's compact form takes up, ``size`` the shipped files, each with the
-    embedding's part; PyTorch ships dense weights. Rates are fractions, ``kl`` nats a token to the original
+    Sizes are MB (10⁶ bytes): ``body`` and ``embedding`` what the weights' compact form takes up, ``size`` the shipped files, of
+    which PyTorch's are dense. Rates are fractions, ``kl`` nats a token to the original
     with PyTorch on its own tokens, ``seconds`` the mean of an utterance. ``problem`` says why there are no figures.
     """
 
@@ -57,8 +60,8 @@ class Line:
     artifact: str
     path: str = ""
     problem: str = ""
-    form_mb: float | None = None
-    form_embedding_mb: float | None = None
+    body_mb: float | None = None
+    embedding_mb: float | None = None
     size_mb: float | None = None
     kl: float | None = None
     wer: float | None = None
@@ -117,10 +120,9 @@ class Comparison:
 
     def _lines(self, name: str, recipe: Recipe, checkpoint: Checkpoint) -> list[Line]:
         record = compressed.read(checkpoint.path)
+        size = record.after if record else Model.open(checkpoint).size
         begun = Line(name, recipe.title, _methods(recipe), "")
-        if record:
-            form, embedding = record.after.total_bytes / 1e6, record.after.embedding_bytes / 1e6
-            begun = replace(begun, form_mb=form, form_embedding_mb=embedding)
+        begun = replace(begun, body_mb=size.body_bytes / 1e6, embedding_mb=size.embedding_bytes / 1e6)
         made = []
         for artifact in recipe.artifacts:
             line = replace(begun, artifact=artifact)
@@ -183,7 +185,8 @@ class Comparison:
         file = self._root / "lines" / f"{line.recipe}.{line.artifact}.json"
         key = _digest(*self._inputs, *seal)
         if file.exists() and (known := json.loads(file.read_text(encoding="utf-8")))["key"] == key:
-            return Line(**known["line"] | {"title": line.title, "path": line.path})
+            figures = {name: known["line"][name] for name in MEASURED}
+            return replace(line, **figures)
         self._tell(line.recipe, f"{line.artifact}: measure")
         row = measure()
         if row.wer is None:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 NOTHING = "–"
 HEADER = (
-    "technique", "runtime", "MB", "of it embedding", "smaller", "WER %", "ΔWER, points [95 %]", "CER %", "identical", "KL",
-    "s a clip", "faster", "peak MB",
+    "technique", "runtime", "body, MB", "embedding, MB", "files, MB", "smaller", "WER %", "ΔWER, points [95 %]", "CER %",
+    "identical", "KL", "s a clip", "faster", "peak MB",
 )  # fmt: skip
 LEFT = 2  # columns of words
 POINT = 100  # in a fraction
@@ -56,12 +56,10 @@ def key(line: Line) -> str:
     return f"{line.recipe}.{line.artifact}"
 
 
-def markdown(
-    lines: Sequence[Line], speeds: Mapping[str, float], embeddings: Mapping[str, float], kernels: Sequence[Measured]
-) -> str:
-    """The table, Winograd's rows, the published points, what could not be made; ``embeddings`` are MB by :func:`key`."""
+def markdown(lines: Sequence[Line], speeds: Mapping[str, float], kernels: Sequence[Measured]) -> str:
+    """The table, Winograd's rows, the published points beside it, and what could not be made."""
     found = trades(lines, speeds)
-    rows = [HEADER, ["---"] * LEFT + ["---:"] * (len(HEADER) - LEFT), *(_cells(trade, embeddings) for trade in found)]
+    rows = [HEADER, ["---"] * LEFT + ["---:"] * (len(HEADER) - LEFT), *map(_cells, found)]
     text = ["\n".join(_row(row) for row in rows), ""]
     text += [_told(kernel) for kernel in kernels]
     text += ["", "Published by others, on their models and data:", ""]
@@ -84,13 +82,14 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cells(trade: Trade, embeddings: Mapping[str, float]) -> list[str]:
+def _cells(trade: Trade) -> list[str]:
     line = trade.line
     return [
         line.title,
         line.artifact,
+        _number(line.body_mb, ".2f"),
+        _number(line.embedding_mb, ".2f"),
         _number(line.size_mb, ".2f"),
-        _number(embeddings.get(key(line)), ".2f"),
         _factor(trade.smaller),
         _number(line.wer, ".2f", POINT),
         _delta(line),
