@@ -17,6 +17,7 @@ from asr_core.checkpoint import Checkpoint
 from asr_core.compressed import Size
 from asr_core.dims import EMBEDDING, HEAD, Dims
 from asr_core.errors import UsageError
+from compressors import ranges
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration
@@ -103,7 +104,10 @@ class Model:
         )
 
     def module(self) -> WhisperForConditionalGeneration:
-        """The model in transformers, over these very tensors (no copies), for evaluation."""
+        """The model in transformers, over these very tensors (no copies), for evaluation.
+
+        Inputs that have a range are rounded to its steps, as they will be where the range is used.
+        """
         # As the PyTorch runner imports it: without a neighbour that takes seconds.
         whisper = registry.import_alone("transformers.models.whisper.modeling_whisper", without=["torchao"])
         config = whisper.WhisperConfig.from_dict(self.config)
@@ -111,6 +115,10 @@ class Model:
         with torch.device("meta"):
             module: WhisperForConditionalGeneration = whisper.WhisperForConditionalGeneration(config)
         module.load_state_dict({**self.tensors, HEAD: self.tensors[EMBEDDING]}, strict=True, assign=True)
+        for name, form in self.forms.items():
+            if "input_scale" in form.parts:
+                layer = module.get_submodule(name.removesuffix(".weight"))
+                layer.register_forward_pre_hook(lambda _, given, parts=form.parts: ranges.rounded(given[0], parts))
         return module.eval()
 
 
