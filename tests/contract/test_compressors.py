@@ -109,7 +109,7 @@ STEPS = {
 }
 
 
-TRAINED = {"distil", "finetune", "qat"}  # in test_training.py
+TRAINED = {"distil", "finetune", "gradual", "qat"}  # in test_training.py
 
 
 def test_every_method_is_tried():

@@ -10,7 +10,7 @@ from torch.nn.utils import prune as torch_prune
 
 from compressors import integers, obs, ranges, refit
 from compressors.calibration import Moments
-from compressors.methods import cluster, lowrank, prune, smooth
+from compressors.methods import cluster, gradual, lowrank, prune, smooth
 from compressors.model import Form, form_bytes, mask_of
 
 
@@ -178,6 +178,12 @@ def test_magnitude_is_torchs(sparsity):
         layer.weight.data = weights[str(i)].clone()
     torch_prune.global_unstructured([(layer, "weight") for layer in layers], torch_prune.L1Unstructured, amount=sparsity)
     assert all(torch.equal(together[str(i)], layer.weight_mask.bool()) for i, layer in enumerate(layers))
+
+
+def test_the_schedule_by_hand():
+    """Zhu and Gupta: 1 - (3/4)³ = 37/64 of all zeros after a quarter of the rounds."""
+    parameters = gradual.Parameters(sparsity=0.64, rounds=4)
+    assert [gradual.sparsity(parameters, number) for number in (1, 2, 3, 4)] == pytest.approx([0.37, 0.56, 0.63, 0.64])
 
 
 def test_wanda_by_its_definition():
