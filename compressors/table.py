@@ -18,10 +18,18 @@ if TYPE_CHECKING:
 NOTHING = "–"
 HEADER = (
     "technique", "runtime", "body, MB", "embedding, MB", "files, MB", "smaller", "WER %", "ΔWER, points [95 %]", "CER %",
-    "identical", "KL", "s a clip", "faster", "peak MB",
+    "identical", "KL", "ms a window", "faster", "peak MB",
 )  # fmt: skip
 LEFT = 2  # columns of words
 POINT = 100  # in a fraction
+
+
+@dataclass(frozen=True)
+class Speed:
+    """By turns with the original's plain artifact of the same target: how many times as fast, and seconds a window."""
+
+    faster: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,8 @@ class Trade:
     worse: float | None
 
 
-def trades(lines: Sequence[Line], speeds: Mapping[str, float]) -> list[Trade]:
-    """Every measured line beside its original; ``speeds`` are the factors by :func:`key`."""
+def trades(lines: Sequence[Line], speeds: Mapping[str, Speed]) -> list[Trade]:
+    """Every measured line beside its original; ``speeds`` are by :func:`key`."""
     plain = {line.artifact: line for line in lines if line.recipe == ORIGINAL}
     found = []
     for line in lines:
@@ -47,7 +55,8 @@ def trades(lines: Sequence[Line], speeds: Mapping[str, float]) -> list[Trade]:
         base = plain.get(f"{line.target}-{PLAIN}")
         smaller = base.size_mb / line.size_mb if base and base.size_mb and line.size_mb else None
         worse = line.delta_wer / (line.wer - line.delta_wer) if line.delta_wer is not None and line.wer > line.delta_wer else None
-        found.append(Trade(line, smaller, speeds.get(key(line)), worse))
+        speed = speeds.get(key(line))
+        found.append(Trade(line, smaller, speed.faster if speed else None, worse))
     return found
 
 
@@ -56,10 +65,14 @@ def key(line: Line) -> str:
     return f"{line.recipe}.{line.artifact}"
 
 
-def markdown(lines: Sequence[Line], speeds: Mapping[str, float], kernels: Sequence[Measured]) -> str:
+def markdown(lines: Sequence[Line], speeds: Mapping[str, Speed], kernels: Sequence[Measured]) -> str:
     """The table, Winograd's rows, the published points beside it, and what could not be made."""
     found = trades(lines, speeds)
-    rows = [HEADER, ["---"] * LEFT + ["---:"] * (len(HEADER) - LEFT), *map(_cells, found)]
+    rows = [
+        HEADER,
+        ["---"] * LEFT + ["---:"] * (len(HEADER) - LEFT),
+        *(_cells(trade, speeds.get(key(trade.line))) for trade in found),
+    ]
     text = ["\n".join(_row(row) for row in rows), ""]
     text += [_told(kernel) for kernel in kernels]
     text += ["", "Published by others, on their models and data:", ""]
@@ -82,7 +95,7 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cells(trade: Trade) -> list[str]:
+def _cells(trade: Trade, speed: Speed | None) -> list[str]:
     line = trade.line
     return [
         line.title,
@@ -96,7 +109,7 @@ def _cells(trade: Trade) -> list[str]:
         _number(line.cer, ".2f", POINT),
         _number(line.identical, ".0f", POINT, " %"),
         _number(line.kl, ".1g"),
-        _number(line.seconds, ".3f"),
+        _number(speed.seconds if speed else None, ".0f", 1000),
         _factor(trade.faster),
         _number(line.peak_rss_mb, ".0f"),
     ]
@@ -177,7 +190,7 @@ CHANGES = (-20, -10, 0, 10, 20, 50, 100, 200, 500, 1000)  # % of the WER
 LINEAR = 10  # up to here the axis of changes is not logarithmic
 
 
-def plot(lines: Sequence[Line], speeds: Mapping[str, float], file: Path) -> None:
+def plot(lines: Sequence[Line], speeds: Mapping[str, Speed], file: Path) -> None:
     """Draw what size and speed cost in WER: every artifact, one colour a family, one marker a target; others' points hollow."""
     from matplotlib.figure import Figure
 

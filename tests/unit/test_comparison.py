@@ -7,7 +7,7 @@ from asr_core import build
 from compressors import recipe, winograd
 from compressors.comparison import Line, files
 from compressors.published import CONFORMER, Published
-from compressors.table import markdown, trades, verdict
+from compressors.table import Speed, markdown, trades, verdict
 
 LINES = [
     Line("original", "the original", [], "onnx-fp32", size_mb=8.0, wer=0.05, delta_wer=0.0, interval=[0.0, 0.0]),
@@ -27,7 +27,7 @@ LINES = [
     Line("zeros", "zeros", ["prune"], "onnx-fp32", size_mb=8.0, wer=0.15, delta_wer=0.1, interval=[0.05, 0.2]),
     Line("odd", "odd", ["prune"], "onnx-fp32", problem="it broke"),
 ]
-SPEEDS = {"int8.onnx-int8": 1.5, "zeros.onnx-fp32": 1.0}
+SPEEDS = {"int8.onnx-int8": Speed(1.5, 0.02), "zeros.onnx-fp32": Speed(1.0, 0.03)}
 INT8 = Published("INT8", CONFORMER, ("quantise",), 2.95, 1.14, 0.318)
 
 
@@ -52,7 +52,7 @@ def test_a_published_point_is_beaten_only_in_everything_it_tells(theirs, says):
 
 def test_the_table_has_every_line_and_says_what_is_missing():
     text = markdown(LINES, SPEEDS, [])
-    row = "| int8 | onnx-int8 | 0.75 | 1.25 | 2.50 | 3.20× | 6.00 | +1.00 [-1.00, +2.00] | – | – | 2e-05 | – | 1.50× | – |"
+    row = "| int8 | onnx-int8 | 0.75 | 1.25 | 2.50 | 3.20× | 6.00 | +1.00 [-1.00, +2.00] | – | – | 2e-05 | 20 | 1.50× | – |"
     assert row in text.splitlines()
     assert "- odd, onnx-fp32: it broke" in text
 
