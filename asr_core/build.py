@@ -21,6 +21,7 @@ from asr_core.dims import Dims
 from asr_core.errors import ArtifactError, ExportError, StorageError, UsageError
 
 PARTIAL = ".partial-"
+QUERIES = "alignment_queries"  # as in graph.py, which imports torch
 REPLACED = ".replaced-"
 FAILED = ".failed"
 FAILED_REASON = "FAILED.txt"
@@ -210,6 +211,11 @@ def clean(final: Path) -> None:
             shutil.rmtree(left)
 
 
+def _shows_attention(target: str, tensors: list[TensorSpec]) -> bool:
+    """Whether word timestamps can be made: most other clients' forms have no place for the output that they are read from."""
+    return registry.LAYOUT not in target or any(tensor.name == QUERIES for tensor in tensors)
+
+
 def export_in_process(
     checkpoint: str,
     name: str,
@@ -239,8 +245,7 @@ def export_in_process(
         dims=opened.dims,
         notices=notices(opened, target, precision),
         tokens=tokens.TokenIds.read(opened.path, opened.generation, opened.dims.n_text_ctx),
-        # Another client's form has no place for the output that ours are read from.
-        alignment_heads=None if registry.LAYOUT in target else opened.alignment_heads,
+        alignment_heads=opened.alignment_heads if _shows_attention(target, tensors) else None,
         tensors=tensors,
         files=artifact.seal(path),
         tools=tool_versions(target),

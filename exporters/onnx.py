@@ -78,7 +78,7 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
     if precision == STATIC:
         _check_ranges(checkpoint.graph_weights)
     specs: list[TensorSpec] = []
-    for name, describe in (("encoder", _encoder), ("decoder", _decoder)):
+    for name, describe in graphs().items():
         progress(f"{name} graph")
         model = draft(describe, checkpoint, precision, name)
         progress(f"{name} weights")
@@ -98,11 +98,21 @@ def _check_ranges(weights: GraphWeights) -> None:
         )
 
 
-def draft(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, precision: str, kind: str) -> ir.Model:
-    """A graph in its shipped form whose weights have not been read; ``kind`` is what it is like, ``encoder`` or ``decoder``."""
-    with _quiet():
+def graphs() -> dict[str, Callable[[Checkpoint], Traceable]]:
+    """What the two graphs are traced from, by their names."""
+    return {"encoder": _encoder, "decoder": _decoder}
+
+
+def draft(
+    describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, precision: str, kind: str, *, as_stored: bool = False
+) -> ir.Model:
+    """A graph in its shipped form whose weights have not been read; ``kind`` is what it is like, ``encoder`` or ``decoder``.
+
+    ``as_stored`` leaves each weight, of a float precision, the tensor that the checkpoint has.
+    """
+    with quiet():
         model = _traced(describe, checkpoint, precision)
-        _Rewriter(model.graph, checkpoint.graph_weights, precision).run(kind)
+        _Rewriter(model.graph, checkpoint.graph_weights, precision, as_stored=as_stored).run(kind)
     return model
 
 
@@ -110,10 +120,10 @@ def ship(model: ir.Model, name: str, path: Path, data_suffix: str = ".data") -> 
     """Tidy a draft and write it, its weights streamed into a file beside it; returns its inputs and outputs."""
     import onnx_ir as ir
 
-    with _quiet():
-        _clean(model)
+    with quiet():
+        clean(model)
         ir.save(model, path, external_data=path.name + data_suffix)
-    return _specs(name, model)
+    return list_ports(name, model)
 
 
 # --- tracing without weights
@@ -240,7 +250,7 @@ def _trace(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, 
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the converters: they remark on operators and features that Whisper does not use."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -258,10 +268,11 @@ def _quiet() -> Iterator[None]:
 class _Rewriter:
     """Turns the traced graph into the shipped one, and its initializers into lazy readers of the checkpoint."""
 
-    def __init__(self, graph: ir.Graph, weights: GraphWeights, precision: str) -> None:
+    def __init__(self, graph: ir.Graph, weights: GraphWeights, precision: str, *, as_stored: bool) -> None:
         self.graph = graph
         self.weights = weights
         self.precision = precision
+        self.as_stored = as_stored
         self._rounding: dict[tuple[ir.Value, float, int], tuple[ir.Value, ir.Value, ir.Value]] = {}
 
     def run(self, name: str) -> None:
@@ -354,7 +365,7 @@ class _Rewriter:
             # Stored once: the runtime folds the transposition when it loads the model.
             if self.precision == "fp16":
                 self._float_head(node)
-        else:
+        elif not self.as_stored:
             name = weight.name
             columns = self._initializer(f"{name}.T", weight.dtype, (k, n), lambda: self._read(name).T)
             node.replace_input_with(1, columns)
@@ -582,7 +593,7 @@ def _replace(old: ir.Value, new: ir.Value, dtype: ir.DataType | None = None) -> 
     new.name, old.name = old.name, None
 
 
-def _clean(model: ir.Model) -> None:
+def clean(model: ir.Model) -> None:
     """Drop what the rewriting left over, and the tracer's notes: sizes of traced examples, paths of source files."""
     import onnx_ir.passes.common as passes
 
@@ -601,7 +612,9 @@ def _clean(model: ir.Model) -> None:
     model.opset_imports[CONTRIB] = 1
 
 
-def _specs(graph: str, model: ir.Model) -> list[TensorSpec]:
+def list_ports(graph: str, model: ir.Model) -> list[TensorSpec]:
+    """A graph's inputs and outputs."""
+
     def spec(role: Literal["input", "output"], value: ir.Value) -> TensorSpec:
         shape = [axis if isinstance(axis, int) else axis.value for axis in value.shape]
         return TensorSpec(graph=graph, role=role, name=value.name, dtype=value.dtype.numpy().name, shape=shape)
