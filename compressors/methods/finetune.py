@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic import Field
 
 from asr_core.isolate import Progress
@@ -50,21 +51,36 @@ def control(model: Model, parameters: Parameters) -> tuple[str, dict[str, object
 
 
 def tuned(
-    model: Model, roundings: Mapping[str, Rounding], parameters: Parameters, calibration: Calibration, progress: Progress
+    model: Model,
+    roundings: Mapping[str, Rounding],
+    parameters: Parameters,
+    calibration: Calibration,
+    progress: Progress,
+    *,
+    rest: bool = False,
 ) -> Applied:
-    """Train with some weights rounded on the way."""
+    """Train with some weights rounded on the way; with ``rest``, the encoder stays as it is where it is the parent's."""
     source = parent_of(parameters.parent, calibration)
+    parent = Model.open(source)
     work = training.work_of(calibration, "finetune")
     chosen = Heard(examples.gather(source, parameters.data, parameters.windows, parameters.seed, work), calibration, work)
     return training.train(
         model,
-        latent.latents(model, roundings),
+        latent.latents(model, roundings, encoder=not (rest and _same_encoder(model, parent))),
         chosen,
-        Live(Model.open(source), 1.0, training.device()),
+        Live(parent, 1.0, training.device()),
         Weighing(parameters.entropy, parameters.divergence, parameters.encoder),
         parameters,
         work,
         progress,
+    )
+
+
+def _same_encoder(model: Model, parent: Model) -> bool:
+    names = {name for one in (model, parent) for name in one.tensors if name.startswith(latent.ENCODER)}
+    return all(
+        name in model.tensors and name in parent.tensors and torch.equal(model.tensors[name], parent.tensors[name])
+        for name in names
     )
 
 

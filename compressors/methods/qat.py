@@ -1,6 +1,7 @@
 """Quantisation-aware training: weights are rounded whenever they are used, and learn to be rounded (straight-through).
 
-What error compensation cannot do at ternary weights, training can. The other tensors move along; the loss is that of fine-tuning.
+What error compensation cannot do at ternary weights, training can. The other tensors move along, the encoder's where any of them
+is rounded; the loss is that of fine-tuning.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pydantic import Field
 from asr_core.dims import EMBEDDING
 from asr_core.errors import UsageError
 from asr_core.isolate import Progress
+from compressors import latent
 from compressors.base import Applied
 from compressors.calibration import Calibration
 from compressors.latent import Rounding
@@ -35,7 +37,8 @@ def apply(model: Model, parameters: Parameters, calibration: Calibration, progre
     for name in names:
         _check_group(model, name, parameters.group)
     roundings = dict.fromkeys(names, Rounding(parameters.bits, parameters.group))
-    return finetune.tuned(model, roundings, parameters, calibration, progress)
+    rest = not any(name.startswith(latent.ENCODER) for name in names)
+    return finetune.tuned(model, roundings, parameters, calibration, progress, rest=rest)
 
 
 def control(model: Model, parameters: Parameters) -> tuple[str, dict[str, object]]:
