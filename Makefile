@@ -5,10 +5,10 @@ BENCH := artifacts/bench
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export-all parity nightly test lint types bench clean
+.PHONY: help setup export-all parity nightly test lint types bench compression-table clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 setup: .venv/.all  ## make .venv and install every target's converter and runtime
 
@@ -23,6 +23,10 @@ setup: .venv/.all  ## make .venv and install every target's converter and runtim
 
 .venv/.test: .venv/.all
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+.venv/.lab: .venv/.all
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[compress,train]'
 	touch $@
 
 export-all: setup  ## export the carried checkpoint to every target and precision, then compare each with PyTorch
@@ -57,6 +61,9 @@ bench: setup $(BENCH)/tiny/config.json  ## speed of every runner on a tiny-shape
 
 $(BENCH)/tiny/config.json: | setup
 	$(BIN)/python -m reference.shapes tiny $(BENCH)/tiny
+
+compression-table: .venv/.lab  ## every compression technique on every runtime that carries it; takes up an interrupted run
+	$(BIN)/asr-compress table --out artifacts/compression
 
 clean:  ## remove the artifacts and the virtual environment
 	rm -rf .venv

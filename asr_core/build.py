@@ -23,7 +23,16 @@ REPLACED = ".replaced-"
 FAILED = ".failed"
 FAILED_REASON = "FAILED.txt"
 # Sources besides the exporter's own that decide what bytes an export writes.
-SHARED_SOURCES = ("graph.py", "graph_weights.py", "compressed.py", "build.py", "tokens.py", "audio.py", "artifact.py")
+SHARED_SOURCES = (
+    "graph.py",
+    "graph_weights.py",
+    "integers.py",
+    "compressed.py",
+    "build.py",
+    "tokens.py",
+    "audio.py",
+    "artifact.py",
+)
 
 # Kinds of compact forms and what is said where an artifact does not carry them, of how many weights.
 NOTICES = {

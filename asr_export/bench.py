@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -34,22 +34,35 @@ Samples = dict[str, list[Sample]]
 
 @dataclass(frozen=True)
 class Contender:
-    """One runner to time: its name in the table, its target, and what it opens."""
+    """One runner to time: its name in the table, its target, what it opens, and for PyTorch perhaps which variant."""
 
     name: str
     target: str
     path: Path
+    variant: str | None = None
 
 
 @click.command(help=__doc__)
 @checkpoint_options
-@click.option("--artifacts", required=True, type=click.Path(exists=True, path_type=Path), help="Its artifacts.")
+@click.option("--artifacts", type=click.Path(exists=True, path_type=Path), help="Its artifacts.")
+@click.option(
+    "--variant", "variants", multiple=True, help="A way to speed PyTorch up; 'all', or one of those that a wrong one lists."
+)
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(3), help="Interleaved rounds.")
 @click.option("--tokens", default=100, show_default=True, type=click.IntRange(1, 400), help="Forced tokens a window.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--json", "json_file", required=True, type=click.Path(path_type=Path), help="Raw samples go here.")
 @handle_errors
-def main(model: str, adapter: str | None, artifacts: Path, rounds: int, tokens: int, threads: int, json_file: Path) -> None:
+def main(
+    model: str,
+    adapter: str | None,
+    artifacts: Path | None,
+    variants: tuple[str, ...],
+    rounds: int,
+    tokens: int,
+    threads: int,
+    json_file: Path,
+) -> None:
     """Run the command."""
     from rich.console import Console
 
@@ -58,8 +71,9 @@ def main(model: str, adapter: str | None, artifacts: Path, rounds: int, tokens: 
     from parity.session import discover
 
     checkpoint = open_checkpoint(model, adapter)
-    folders = discover(artifacts, checkpoint.name)
+    folders = discover(artifacts, checkpoint.name) if artifacts else []
     contenders = [Contender(REFERENCE, "pytorch", checkpoint.path)]
+    contenders += [Contender(f"pytorch {name}", "pytorch", checkpoint.path, name) for name in _chosen(variants)]
     contenders += [Contender(f"{m.target}-{m.precision}", m.target, f) for f in folders for m in [read_manifest(f)]]
     samples = measure(contenders, rounds, tokens, threads)
     content = {"schema": 1, "host": report.host() | {"threads": threads}, "model": checkpoint.name, "tokens": tokens}
@@ -68,16 +82,34 @@ def main(model: str, adapter: str | None, artifacts: Path, rounds: int, tokens: 
     (terminal if terminal.is_terminal else Console(width=140)).print(table(samples))
 
 
-def measure(contenders: list[Contender], rounds: int, tokens: int, threads: int) -> Samples:
-    """Seconds of every contender in every round, one warm-up round not counted: see :func:`_once`."""
+def _chosen(variants: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of variants; raises :class:`UsageError` for an unknown one."""
+    if not variants:
+        return ()
+    from asr_core.errors import UsageError
+    from runners._pytorch_variants import NAMES
+
+    if "all" in variants:
+        return NAMES
+    unknown = sorted(set(variants) - set(NAMES))
+    if unknown:
+        raise UsageError(f"PyTorch has no variant {unknown[0]!r}; it has: {', '.join(NAMES)}.")
+    return variants
+
+
+def measure(contenders: list[Contender], rounds: int, tokens: int, threads: int, *, processor: bool = False) -> Samples:
+    """Seconds of every contender in every round, one warm-up round not counted: see :func:`_once`.
+
+    With ``processor``, those that it computed: what else runs on a busy machine then counts less.
+    """
     samples: Samples = {contender.name: [] for contender in contenders}
     with ExitStack() as stack, stage_progress() as progress:
         bar = progress.add_task("benchmark", total=None, stage="load")
-        pipes = {c.name: stack.enter_context(_process(c, tokens, threads)) for c in contenders}
+        pipes = {c.name: stack.enter_context(_process(c, tokens, threads, processor=processor)) for c in contenders}
         for name, pipe in list(pipes.items()):
             needs = pipe.recv()
             if needs:
-                click.echo(f"{name}: not timed, needs {needs}")
+                click.echo(f"{name}: not measured, {needs}")
                 del pipes[name], samples[name]
         for number in range(rounds + 1):
             for name, pipe in pipes.items():
@@ -121,14 +153,14 @@ def _comparable(base: Sample, sample: Sample, part: str) -> float:
 
 
 @contextmanager
-def _process(contender: Contender, tokens: int, threads: int) -> Iterator[Connection]:
+def _process(contender: Contender, tokens: int, threads: int, *, processor: bool) -> Iterator[Connection]:
     from asr_core.isolate import THREAD_VARIABLES
 
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     # A spawned process takes the environment of the moment.
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
-    process = context.Process(target=_serve, args=(contender, tokens, threads, theirs), daemon=True)
+    process = context.Process(target=_serve, args=(contender, tokens, threads, theirs, processor), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -138,21 +170,36 @@ def _process(contender: Contender, tokens: int, threads: int) -> Iterator[Connec
         process.join()
 
 
-def _serve(contender: Contender, tokens: int, threads: int, pipe: Any) -> None:
+def _serve(contender: Contender, tokens: int, threads: int, pipe: Any, processor: bool) -> None:
     import numpy as np
 
-    from runners.base import open_runner
+    from asr_core.errors import UnavailableError
 
-    runner = open_runner(contender.target, contender.path, threads)
-    pipe.send("" if runner.timed else runner.timing_needs)
+    try:
+        runner = _open(contender, threads)
+    except UnavailableError as error:
+        pipe.send(str(error))
+        return
+    pipe.send("" if runner.timed else f"needs {runner.timing_needs}")
     generator = np.random.default_rng(0)
     mel = generator.standard_normal((1, runner.dims.n_mels, 3000)).astype(np.float32)
     forced = generator.integers(0, runner.tokens.end, tokens)
+    clock = time.process_time if processor else time.perf_counter
     while pipe.recv():
-        pipe.send(_once(runner, mel, forced))
+        pipe.send(_once(runner, mel, forced, clock))
 
 
-def _once(runner: Runner, mel: Any, forced: Any) -> Sample:
+def _open(contender: Contender, threads: int) -> Runner:
+    from runners import base
+
+    if contender.variant is None:
+        return base.open_runner(contender.target, contender.path, threads)
+    from runners import _pytorch_variants
+
+    return _pytorch_variants.open(contender.path, threads, contender.variant)
+
+
+def _once(runner: Runner, mel: Any, forced: Any, clock: Callable[[], float]) -> Sample:
     """Seconds to encode one window, to take in the prompt, and to decode forced tokens one by one.
 
     A runtime that decodes by itself decodes as many free tokens instead and does not tell the prompt's share: None.
@@ -166,11 +213,11 @@ def _once(runner: Runner, mel: Any, forced: Any) -> Sample:
         decoded = runner.generate(mel, DecodeOptions(max_new_tokens=len(forced)))[0]
         scale = len(forced) / max(1, len(decoded.tokens))
         return {"encode_s": decoded.timings.encode_s, "prompt_s": None, "decode_s": decoded.timings.decode_s * scale}
-    started = time.perf_counter()
+    started = clock()
     state = runner.encode(mel)
-    encoded = time.perf_counter()
+    encoded = clock()
     runner.step(np.array([runner.tokens.prompt()], np.int64), state)
-    prompted = time.perf_counter()
+    prompted = clock()
     for token in forced:
         runner.step(np.array([[token]], np.int64), state)
-    return {"encode_s": encoded - started, "prompt_s": prompted - encoded, "decode_s": time.perf_counter() - prompted}
+    return {"encode_s": encoded - started, "prompt_s": prompted - encoded, "decode_s": clock() - prompted}

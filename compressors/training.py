@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from asr_core.compressed import Effect
 from asr_core.errors import ExportError
 from asr_core.isolate import Progress
 from compressors import examples as data
@@ -221,12 +222,16 @@ def _diverged(model: Model, run: Run, file: Path) -> DivergedError:
 def applied(model: Model, made: Mapping[str, Latent]) -> Applied:
     """What the training made, and its effect on every matrix that moved."""
     trained = latent.finished(model, made)
-    effects = [
-        effect(name, model.tensors[name], trained.tensors[name], trained.form(name))
-        for name, one in made.items()
-        if one.trained and model.tensors[name].ndim == 2  # noqa: PLR2004 - matrices
+    return Applied(trained, effects(model, trained, [name for name, one in made.items() if one.trained]))
+
+
+def effects(before: Model, after: Model, names: Sequence[str]) -> list[Effect]:
+    """What became of the matrices among some tensors."""
+    return [
+        effect(name, before.tensors[name], after.tensors[name], after.form(name))
+        for name in names
+        if before.tensors[name].ndim == 2  # noqa: PLR2004 - matrices
     ]
-    return Applied(trained, effects)
 
 
 def work_of(calibration: Calibration, method: str) -> Path:

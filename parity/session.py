@@ -132,6 +132,14 @@ class Session:
             return row
         return self._through_modes(self._through_suite(row, outcome.result["suite"]), outcome.result["modes"])
 
+    def judge_checkpoint(self, path: Path, name: str) -> Row:
+        """Measure another checkpoint with PyTorch, one that was made from this session's; ``name`` stands for its precision."""
+        folder = self.work / f"{measure.REFERENCE}-{name}"
+        outcome = self._measure(measure.REFERENCE, path, folder)
+        if outcome.status != "ok":
+            return Row(measure.REFERENCE, name, "crashed" if outcome.status == "error" else outcome.status, outcome.reason)
+        return self._row(measure.REFERENCE, name, folder, outcome.result)
+
     def testimony(self, row: Row, path: Path) -> list[Row]:
         """The rows of the target's production clients over a measured artifact; none where it has none, or nobody asked."""
         if self.level != "full" or row.token_match is None:
@@ -204,7 +212,7 @@ class Session:
             path=path,
             work=self.work,
             folder=folder,
-            reference=None if target == measure.REFERENCE else self.reference,
+            reference=None if folder == self.reference else self.reference,
             probes=tuple(self._probes()),
             threads=self.threads,
             max_new_tokens=self.max_new_tokens,

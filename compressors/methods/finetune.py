@@ -56,10 +56,14 @@ def tuned(
     parameters: Parameters,
     calibration: Calibration,
     progress: Progress,
+    part: str = "",
     *,
     rest: bool = False,
 ) -> Applied:
-    """Train with some weights rounded on the way; with ``rest``, the encoder stays as it is where it is the parent's."""
+    """Train with some weights rounded on the way; ``part`` names one of several trainings of a step.
+
+    With ``rest``, the encoder stays as it is where it is the parent's.
+    """
     source = parent_of(parameters.parent, calibration)
     parent = Model.open(source)
     work = training.work_of(calibration, "finetune")
@@ -71,7 +75,7 @@ def tuned(
         Live(parent, 1.0, training.device()),
         Weighing(parameters.entropy, parameters.divergence, parameters.encoder),
         parameters,
-        work,
+        work / part,
         progress,
     )
 
