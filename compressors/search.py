@@ -114,7 +114,8 @@ class Search:
         study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=self.seed + len(study.trials))
         if name not in known:
             for precision in self.space.precisions:
-                study.enqueue_trial(self.space.plain(precision))
+                for chosen in self.space.starts(precision):
+                    study.enqueue_trial(chosen)
         for trial in study.trials:
             if "slower" in trial.user_attrs:
                 self._ratios[Candidate(**trial.user_attrs["candidate"]).key] = trial.user_attrs["slower"]

@@ -69,6 +69,12 @@ class Space:
         """The choices that cut nothing, with 8 bits where there is a choice."""
         return {name: options[0] for name, options in self.choices(precision).items()} | {"precision": precision}
 
+    def starts(self, precision: str) -> list[dict[str, Any]]:
+        """What is tried before anything else: nothing cut, with the most bits and with the fewest."""
+        most = self.plain(precision)
+        fewest = most | {name: options[-1] for name, options in self.choices(precision).items() if "bits" in name}
+        return [most] if fewest == most else [most, fewest]
+
     def suggest(self, trial: BaseTrial) -> Candidate:
         """What an optimiser's trial chooses."""
         precision = trial.suggest_categorical("precision", list(self.precisions))

@@ -28,7 +28,9 @@ class Parameters(finetune.Parameters):
     bits: Literal[8, 4, 2] = Field(default=4, description="bits of a code; 2 is ternary: -1, 0 or 1")
     group: int | None = Field(default=None, ge=8, description="weights of a row that share a scale; else the whole row does")
     embedding: bool = Field(default=False, description="round the token embedding, which is the head too")
-    rate: float = Field(default=2e-4, gt=0, description="peak learning rate; rounded weights need a higher one than others")
+    rate: float = Field(
+        default=2e-4, gt=0, description="peak learning rate; ternary weights need 2e-3, weights that are not rounded less"
+    )
 
 
 def apply(model: Model, parameters: Parameters, calibration: Calibration, progress: Progress) -> Applied:

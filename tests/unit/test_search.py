@@ -153,6 +153,9 @@ def test_bits_follow_the_layers_that_stay(space):
 
 def test_bits_are_chosen_only_where_they_make_something_smaller(space):
     assert not [name for name in space.choices("fp32") if "bits" in name]
+    assert len(space.starts("fp32")) == 1
+    most, fewest = map(space.candidate, space.starts("int4"))
+    assert [step["quantise"]["bits"] for step in most.steps + fewest.steps] == [8, 4]
     assert len([name for name in space.choices("int4") if "bits" in name]) == 5  # two layers of each side, and the embedding
 
 
