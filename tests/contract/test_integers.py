@@ -29,10 +29,10 @@ SPECIAL = {
     f"{LAYER}self_attn.out_proj.weight": (2, 1, 32),
 }
 TARGETS = ("openvino", "coreml", "tflite")
-# Of the logits, relative. OpenVINO's plugin rounds what it multiplies compressed weights with to 8 bits (0.012 seen); Core ML's
-# programs round everything to half precision (0.001 seen). One weight's codes in another order err by 0.1 and more.
 # Of a weight, relative: the scales of TFLite's blocks keep 8 bits.
 TOLERANCES = {"openvino": 0, "coreml": 0, "tflite": 2**-8}
+# Of the logits, relative. OpenVINO's plugin rounds what it multiplies compressed weights with to 8 bits (0.012 seen); Core ML's
+# programs round everything to half precision (0.001 seen). One weight's codes in another order err by 0.1 and more.
 ERRORS = {"openvino": 0.03, "coreml": 0.004}
 
 
