@@ -55,7 +55,8 @@ class Exporter(Protocol):
     """What every module in ``exporters/`` offers.
 
     ``CARRIES`` lists, by precision, the kinds of compact forms (:data:`NOTICES`) that reach the artifact as they are; of a
-    precision that it doesn't list, none does. ``export`` writes only below ``folder`` and returns the tensors of its graphs; it
+    precision that it doesn't list, none does. ``ON_REQUEST``, where a module has it, are further precisions, which only some
+    checkpoints can have. ``export`` writes only below ``folder`` and returns the tensors of its graphs; it
     never writes the manifest. The module imports its converter inside ``export``, so that listing precisions costs nothing.
     """
 
@@ -74,7 +75,7 @@ def exporter(target: str) -> Exporter:
 
 def check_precision(target: str, precision: str) -> None:
     """Raise :class:`UsageError` where the target has no such precision."""
-    known = exporter(target).PRECISIONS
+    known = (*exporter(target).PRECISIONS, *getattr(exporter(target), "ON_REQUEST", ()))
     if precision not in known:
         raise UsageError(f"{target} has no precision {precision!r}; it has: {', '.join(known)}.")
 
