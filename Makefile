@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BENCH := artifacts/bench
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export-all parity nightly test lint types bench bench-peers clean
+.PHONY: help setup export-all parity nightly test lint types bench bench-peers compression-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -24,9 +25,13 @@ setup: .venv/.all  ## make .venv and install every target's converter and runtim
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
+.venv/.lab: .venv/.all
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[compress,train]'
+	touch $@
+
 export-all: setup  ## export the carried checkpoint to every target and precision, then compare each with PyTorch
 	@status=0; \
-	$(BIN)/asr-export --target all --out artifacts || status=$$?; \
+	$(BIN)/asr-export --target all --jobs $(JOBS) --out artifacts || status=$$?; \
 	$(BIN)/asr-parity --artifacts artifacts --json artifacts/parity.json --html artifacts/parity.html || status=$$?; \
 	exit $$status
 
@@ -80,6 +85,9 @@ bench-peers: setup .venv-peers/.done .venv-optimum/.done $(SHAPES:%=$(BENCH)/%/c
 	ASR_EXPORT_PEERS_PYTHON=.venv-peers/bin/python ASR_EXPORT_OPTIMUM_PYTHON=.venv-optimum/bin/python \
 	$(BIN)/python -m asr_export.bench_peers $(SHAPES:%=--model $(BENCH)/%) --judged reference reference/clips/manifest.jsonl \
 		--artifacts $(BENCH)/artifacts --json $(PEERS).json --markdown $(PEERS).md --plot $(PEERS).png
+
+compression-table: .venv/.lab  ## every compression technique on every runtime that carries it; takes up an interrupted run
+	$(BIN)/asr-compress table --out artifacts/compression
 
 clean:  ## remove the artifacts and the virtual environment
 	rm -rf .venv .venv-peers .venv-optimum

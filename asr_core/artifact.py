@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from asr_core.dims import Dims, Frozen
 from asr_core.errors import ArtifactError
@@ -39,7 +39,8 @@ class Manifest(Frozen):
     ``build_key`` identifies the inputs (checkpoint, target, precision, exporter source, tool versions): an artifact with the
     key of today's inputs is up to date. ``target`` is ``<target>.<layout>`` where the files have the form that another client
     loads. ``alignment_heads`` (decoder layer, head) are those whose attention the decoder shows, in the order of its output;
-    None where it shows none, so that the artifact has no word timestamps.
+    None where it shows none, so that the artifact has no word timestamps. ``notices`` say which compact forms of a compressed
+    checkpoint the artifact does not carry.
     """
 
     schema_version: Literal[1] = 1
@@ -51,6 +52,7 @@ class Manifest(Frozen):
     dims: Dims
     tokens: TokenIds
     alignment_heads: list[tuple[int, int]] | None = None
+    notices: list[str] = Field(default=[])
     tensors: list[TensorSpec]
     files: list[FileEntry]
     tools: dict[str, str]

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,17 +23,30 @@ REPLACED = ".replaced-"
 FAILED = ".failed"
 FAILED_REASON = "FAILED.txt"
 # Sources besides the exporter's own that decide what bytes an export writes.
-SHARED_SOURCES = ("graph.py", "build.py", "tokens.py", "audio.py", "artifact.py")
+SHARED_SOURCES = ("graph.py", "graph_weights.py", "compressed.py", "build.py", "tokens.py", "audio.py", "artifact.py")
+
+# Kinds of compact forms and what is said where an artifact does not carry them, of how many weights.
+NOTICES = {
+    "factors": "low-rank weights ({count}) are stored multiplied out, in the size and at the cost of dense ones",
+    "heads": "heads that were removed from attentions ({count}) are stored and computed as zeros",
+    "silent": "heads that were removed from the decoder's attentions ({count}) are stored and computed as zeros",
+    "int8": "weights of 8-bit codes ({count}) are stored in the precision's own form",
+    "int4": "weights of 4-bit or smaller codes ({count}) are stored in the precision's own form",
+    "palettes": "clustered weights ({count}) are stored without their palettes",
+    "zeros": "the zeros of pruned weights ({count}) are stored and computed like other values",
+}
 
 
 class Exporter(Protocol):
     """What every module in ``exporters/`` offers.
 
-    ``export`` writes only below ``folder`` and returns the tensors of its graphs; it never writes the manifest. The module
-    imports its converter inside ``export``, so that listing precisions costs nothing.
+    ``CARRIES`` lists, by precision, the kinds of compact forms (:data:`NOTICES`) that reach the artifact as they are; of a
+    precision that it doesn't list, none does. ``export`` writes only below ``folder`` and returns the tensors of its graphs; it
+    never writes the manifest. The module imports its converter inside ``export``, so that listing precisions costs nothing.
     """
 
     PRECISIONS: tuple[str, ...]
+    CARRIES: Mapping[str, Collection[str]]
 
     def export(self, checkpoint: Checkpoint, folder: Path, precision: str, progress: isolate.Progress) -> list[TensorSpec]:
         """Convert the checkpoint."""
@@ -50,6 +63,13 @@ def check_precision(target: str, precision: str) -> None:
     known = exporter(target).PRECISIONS
     if precision not in known:
         raise UsageError(f"{target} has no precision {precision!r}; it has: {', '.join(known)}.")
+
+
+def notices(checkpoint: Checkpoint, target: str, precision: str) -> list[str]:
+    """Which compact forms of a checkpoint an artifact will not carry, as sentences; none of a checkpoint without any."""
+    carried = exporter(target).CARRIES.get(precision, ())
+    found = checkpoint.graph_weights.kinds
+    return [NOTICES[kind].format(count=found[kind]) for kind in NOTICES if found[kind] and kind not in carried]
 
 
 @dataclass(frozen=True)
@@ -115,8 +135,9 @@ def stage(
     precision: str,
     final: Path,
     progress: isolate.Progress = lambda stage: None,
+    threads: int | None = None,
 ) -> Staged:
-    """Export into a hidden folder beside ``final`` and seal it.
+    """Export into a hidden folder beside ``final`` and seal it; ``threads`` bounds the numeric libraries' pools.
 
     Raises :class:`~asr_core.errors.UnavailableError`, :class:`~asr_core.errors.ExportError` or :class:`StorageError`; nothing
     is left behind then.
@@ -136,6 +157,7 @@ def stage(
             {"checkpoint": str(checkpoint.path), "name": checkpoint.name, "target": target, "precision": precision,
              "folder": str(partial), "alignment_heads": checkpoint.alignment_heads},
             progress=progress,
+            threads=threads,
         )  # fmt: skip
         isolate.result_or_raise(outcome, f"the export of {target}-{precision}")
     except BaseException:
@@ -183,6 +205,7 @@ def export_in_process(
         fingerprint=opened.fingerprint,
         build_key=build_key(opened, target, precision),
         dims=opened.dims,
+        notices=notices(opened, target, precision),
         tokens=tokens.TokenIds.read(opened.path, opened.generation, opened.dims.n_text_ctx),
         # Another client's form has no place for the output that ours are read from.
         alignment_heads=None if registry.LAYOUT in target else opened.alignment_heads,

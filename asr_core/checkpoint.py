@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from asr_core import adapters, completion, generation, sources
 from asr_core import folder as layout
+from asr_core.compressed import Forms
 from asr_core.dims import HEAD, Dims
 from asr_core.errors import CheckpointError
+from asr_core.graph_weights import GraphWeights
 from asr_core.tokens import load_tokenizer
 from asr_core.weights import Weights
 
@@ -28,8 +30,8 @@ class Checkpoint:
     """One Whisper checkpoint on disk, known to be loadable.
 
     ``path`` is always a complete folder in Hugging Face's layout, whatever the source was. ``fingerprint`` is the SHA-256 over
-    its config, tokenizer and weight files: equal fingerprints mean equal exports. ``remarks`` say what had to be converted,
-    merged or rebuilt.
+    its config, tokenizer and weight files, and the record and forms of a compressed one: equal fingerprints mean equal exports.
+    ``remarks`` say what had to be converted, merged or rebuilt.
     """
 
     name: str
@@ -66,9 +68,10 @@ class Checkpoint:
         files = layout.weight_files(path)
         settings_file = path / layout.GENERATION
         settings = layout.read_json(settings_file) if settings_file.exists() else {}
-        fingerprint = layout.fingerprint([*layout.small_files(path), *files])
+        fingerprint = layout.fingerprint([*layout.small_files(path), *files, *layout.compression_files(path)])
         checkpoint = cls(name, path, fingerprint, dims, config, settings, remarks)
         reasons = checkpoint.weights.problems(dims) + _head_problems(config, checkpoint.weights)
+        reasons += checkpoint.forms.problems()
         if not settings:
             reasons.append(f"{layout.GENERATION} is missing: it holds the suppression lists and language ids")
         reasons += _tokenizer_problems(path, settings, dims)
@@ -80,6 +83,16 @@ class Checkpoint:
     def weights(self) -> Weights:
         """The tensors, by name, read from the safetensors one at a time."""
         return Weights(layout.weight_files(self.path))
+
+    @cached_property
+    def forms(self) -> Forms:
+        """The compact forms that weights of a compressed checkpoint stand for; empty where it isn't one."""
+        return Forms(self.path, self.weights)
+
+    @cached_property
+    def graph_weights(self) -> GraphWeights:
+        """The tensors as the export graph has them, by the names of its parameters."""
+        return GraphWeights(self.weights, self.forms, self.dims)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All tensors as float32 torch tensors under Hugging Face's names, without the tied head."""

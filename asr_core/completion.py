@@ -23,7 +23,7 @@ def complete(path: Path, config: dict[str, Any]) -> tuple[Path, tuple[str, ...]]
     slow = not (path / layout.TOKENIZER).exists() and all((path / name).exists() for name in SLOW_TOKENIZER)
     if not pickles and not slow and not _lost_settings(path, config):
         return path, ()
-    files = [*layout.small_files(path), *(pickles or layout.weight_files(path))]
+    files = [*layout.small_files(path), *(pickles or layout.weight_files(path)), *layout.compression_files(path)]
     inputs = {"folder": str(path), "files": layout.fingerprint(files)}
 
     def write(folder: Path) -> list[str]:
@@ -54,7 +54,7 @@ def _generation(path: Path) -> dict[str, Any]:
 def _link(path: Path, folder: Path) -> None:
     """Link what the folder has into the new one: gigabytes need no second copy."""
     weights = [file for pattern in layout.WEIGHT_FILES for file in path.glob(pattern)]
-    for file in [*layout.small_files(path), *weights]:
+    for file in [*layout.small_files(path), *weights, *layout.compression_files(path)]:
         (folder / file.name).symlink_to(file.resolve())
 
 

@@ -32,6 +32,8 @@ PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_FILES = (PICKLE, PICKLE_INDEX, "pytorch_model-*.bin")
 ADAPTER_CONFIG = "adapter_config.json"
+# What compressing leaves beside the weights: its record and the compact forms.
+COMPRESSION_FILES = ("compression.json", "compression.safetensors")
 ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -51,6 +53,11 @@ def pickle_files(path: Path) -> list[Path]:
 def small_files(path: Path) -> list[Path]:
     """Config and tokenizer files that a folder has."""
     return [path / name for name in (*CONFIG_FILES, *TOKENIZER_FILES) if (path / name).exists()]
+
+
+def compression_files(path: Path) -> list[Path]:
+    """Record and compact forms of a compressed checkpoint; none of others."""
+    return [path / name for name in COMPRESSION_FILES if (path / name).exists()]
 
 
 def fingerprint(files: Iterable[Path]) -> str:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
+    from asr_core.checkpoint import Checkpoint
     from asr_core.dims import Dims
+    from asr_core.graph_weights import GraphWeights
 
 # The output of a decoder step that :meth:`Decoder.choose_heads` makes.
 ALIGNMENT_QUERIES = "alignment_queries"
@@ -54,6 +56,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     if mask is not None:
         scores = scores + mask
     return scores.softmax(-1) @ v
+
+
+class Factored(nn.Module):
+    """A linear layer whose weight [N, K] is left [N, R] @ right [R, K]: two smaller ones in a row."""
+
+    def __init__(self, inputs: int, rank: int, outputs: int, *, bias: bool) -> None:
+        super().__init__()
+        self.right = nn.Linear(inputs, rank, bias=False)
+        self.left = nn.Linear(rank, outputs, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, K] → […, N]."""
+        y: Tensor = self.left(self.right(x))
+        return y
 
 
 class Attention(nn.Module):
@@ -332,6 +348,44 @@ class CrossKeysValues(nn.Module):
     def forward(self, states: Tensor) -> tuple[Tensor, ...]:
         """[B, F, D] → (k0, v0, k1, v1, …), [B, H, F, E] each."""
         return tuple(self.decoder.cross_keys_values(states))
+
+
+ENCODER = "model.encoder."
+DECODER = "model.decoder."
+
+
+def encoder(checkpoint: Checkpoint) -> Encoder:
+    """The encoder with the layers that ``checkpoint.graph_weights`` has tensors for, as yet without their values."""
+    module = Encoder(checkpoint.dims)
+    _shape(module, ENCODER, checkpoint.graph_weights)
+    return module
+
+
+def decoder(checkpoint: Checkpoint) -> Decoder:
+    """The decoder with the layers that ``checkpoint.graph_weights`` has tensors for, as yet without their values."""
+    module = Decoder(checkpoint.dims)
+    _shape(module, DECODER, checkpoint.graph_weights)
+    return module
+
+
+def _shape(module: nn.Module, prefix: str, weights: GraphWeights) -> None:
+    """Give a module's attentions and linear layers the sizes of the tensors below ``prefix``, factored ones as two."""
+    names = set(weights.names)
+    for path, attention in list(module.named_modules()):
+        if isinstance(attention, Attention) and f"{prefix}{path}.out_proj.weight" in names:
+            width = attention.q_proj.out_features // attention.heads
+            attention.heads = weights.shape(f"{prefix}{path}.out_proj.weight")[1] // width
+    for path, linear in list(module.named_modules()):
+        if not isinstance(linear, nn.Linear):
+            continue
+        parent, _, name = path.rpartition(".")
+        stem, bias = f"{prefix}{path}", linear.bias is not None
+        if f"{stem}.right.weight" in names:
+            rank, k = weights.shape(f"{stem}.right.weight")
+            setattr(module.get_submodule(parent), name, Factored(k, rank, linear.out_features, bias=bias))
+        elif weights.shape(f"{stem}.weight") != tuple(linear.weight.shape):
+            n, k = weights.shape(f"{stem}.weight")
+            setattr(module.get_submodule(parent), name, nn.Linear(k, n, bias=bias))
 
 
 def load_weights(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Run one function in a process of its own: whatever happens to it costs that call, never the caller.
+"""Run functions in a process of their own: whatever happens to it costs that call, never the caller.
 
 Exports need this for memory (a converter's gigabytes go when its process goes), parity for honesty (one runtime a process,
 threads pinned, its own peak memory).
@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -18,14 +19,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn, Self
 
 from asr_core import errors
 
 STDERR_TAIL = 2000  # characters of a dead process's last words that are kept
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# What a line from the process means: a stage, or that the answer to its call is there. Its death is a line, too.
+STAGE, ANSWERED, DEAD = "stage ", "answered", "dead"
 Progress = Callable[[str], None]
 
 
@@ -54,41 +57,118 @@ def run(
     A function that wants to report takes a ``progress`` argument. ``threads`` pins the numeric libraries' pools; ``timeout``
     is in seconds.
     """
-    environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
-    if threads is not None:
-        environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="asr-export-") as scratch, tempfile.TemporaryFile() as log:
-        answer = Path(scratch) / "answer.json"
-        call = json.dumps({"function": function, "arguments": dict(arguments), "answer": str(answer)})
+    with Process(threads) as process:
+        outcome = process.call(function, arguments, progress=progress, timeout=timeout)
+    return replace(outcome, seconds=time.perf_counter() - started)
+
+
+class Process:
+    """A process that answers calls one after another, for those that share what is dear to load.
+
+    One that crashed or ran out of time is ``ended``: it answers no more. Use it as a context, or :meth:`close` it.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
+        if threads is not None:
+            environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
+        self.ended = False
+        self._kept = contextlib.ExitStack()
+        self._answer = Path(self._kept.enter_context(tempfile.TemporaryDirectory(prefix="asr-export-"))) / "answer.json"
+        self._log = self._kept.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         read_end, write_end = os.pipe()
-        # -P: a folder called `parity` where the user stands must not shadow ours.
-        command = [sys.executable, "-P", "-m", "asr_core.isolate", call, str(write_end)]
-        with subprocess.Popen(
-            command,
+        self._popen = subprocess.Popen(
+            # -P: a folder called `parity` where the user stands must not shadow ours.
+            [sys.executable, "-P", "-m", "asr_core.isolate", str(write_end)],
             stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
+            stdout=self._log,
+            stderr=self._log,
             env=environment,
             pass_fds=(write_end,),
             start_new_session=True,  # a group of its own: converters leave helper processes behind
-        ) as process:
-            os.close(write_end)
-            listener = threading.Thread(target=_listen, args=(read_end, progress), daemon=True)
-            listener.start()
-            try:
-                process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                late = f"no answer within {timeout:.0f} s{_tail(log)}"
-                return Outcome("timeout", {}, late, time.perf_counter() - started)
-            finally:
-                _kill_group(process.pid)
-                process.wait()
-            listener.join()
+        )
+        os.close(write_end)
+        self._listener = threading.Thread(target=self._listen, args=(read_end,), daemon=True)
+        self._listener.start()
+        threading.Thread(target=self._mourn, daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def call(
+        self,
+        function: str,
+        arguments: Mapping[str, Any],
+        *,
+        progress: Progress = lambda stage: None,
+        timeout: float | None = None,
+    ) -> Outcome:
+        """As :func:`run`, in this process; the seconds are the call's own."""
+        started = time.perf_counter()
+        call = json.dumps({"function": function, "arguments": dict(arguments), "answer": str(self._answer)})
+        with contextlib.suppress(BrokenPipeError):  # waiting finds its death
+            self._stdin.write(call.encode() + b"\n")
+            self._stdin.flush()
+        in_time = self._wait(progress, None if timeout is None else started + timeout)
         seconds = time.perf_counter() - started
-        if not answer.exists():
-            return Outcome("crashed", {}, _last_words(process.returncode, log), seconds)
-        return _outcome(json.loads(answer.read_text(encoding="utf-8")), seconds)
+        if not in_time:
+            late = f"no answer within {timeout:.0f} s{_tail(self._log)}"
+            self.end()
+            return Outcome("timeout", {}, late, seconds)
+        if not self._answer.exists():
+            self.end()
+            return Outcome("crashed", {}, _last_words(self._popen.returncode, self._log), seconds)
+        outcome = _outcome(json.loads(self._answer.read_text(encoding="utf-8")), seconds)
+        self._answer.unlink()
+        return outcome
+
+    def close(self) -> None:
+        """End the process, and all that it started."""
+        self.end()
+        self._kept.close()
+
+    @property
+    def _stdin(self) -> IO[bytes]:
+        if self._popen.stdin is None:
+            raise TypeError("the process was started with a pipe")
+        return self._popen.stdin
+
+    def _wait(self, progress: Progress, until: float | None) -> bool:
+        """Pass progress on until the answer is there or the process is dead; False where neither came in time."""
+        while True:
+            try:
+                line = self._lines.get(timeout=None if until is None else max(0.0, until - time.perf_counter()))
+            except queue.Empty:
+                return False
+            if line in {ANSWERED, DEAD}:
+                return True
+            progress(line.removeprefix(STAGE))
+
+    def _listen(self, read_end: int) -> None:
+        with os.fdopen(read_end, encoding="utf-8") as stream:
+            for line in stream:
+                self._lines.put(line.rstrip("\n"))
+
+    def _mourn(self) -> None:
+        self._popen.wait()
+        _kill_group(self._popen.pid)  # what it started may hold the pipe open
+        self._listener.join()
+        self._lines.put(DEAD)
+
+    def end(self) -> None:
+        """Kill the process and what it started; a call that another thread waits for comes back as crashed."""
+        if self.ended:
+            return
+        self.ended = True
+        _kill_group(self._popen.pid)
+        self._popen.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.close()
 
 
 def result_or_raise(outcome: Outcome, what: str) -> dict[str, Any]:
@@ -112,12 +192,6 @@ def peak_rss_mb() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def _listen(read_end: int, progress: Progress) -> None:
-    with os.fdopen(read_end, encoding="utf-8") as stream:
-        for line in stream:
-            progress(line.rstrip("\n"))
 
 
 def _kill_group(leader: int) -> None:
@@ -150,10 +224,14 @@ def _outcome(answer: dict[str, Any], seconds: float) -> Outcome:
     return Outcome("error", {}, answer["message"], seconds, kind(answer["message"]))
 
 
-def _die_with_parent() -> None:
-    """The parent holds our standard input open; its end means that nobody waits for us any more."""
+def _read_calls(calls: queue.SimpleQueue[bytes]) -> None:
+    """The parent holds our standard input open and writes a call a line; its end means that nobody waits for us any more."""
     # Not through sys.stdin: its lock, held by a waiting thread, aborts an interpreter that ends by an exception.
-    os.read(0, 1)
+    rest = b""
+    while piece := os.read(0, 1 << 16):
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            calls.put(line)
     _kill_group(os.getpgrp())
 
 
@@ -174,18 +252,18 @@ def _call(call: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
 
 def _main(argv: list[str]) -> NoReturn:
-    call = json.loads(argv[1])
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    with os.fdopen(int(argv[2]), "w", buffering=1, encoding="utf-8") as stream:
-        answer = _call(call, lambda stage: print(stage, file=stream))
-    path = Path(call["answer"])
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(answer), encoding="utf-8")
-    partial.rename(path)
-    # Leave without the runtimes' own shutdown: some of them crash there after all the work is done.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read_calls, args=(calls,), daemon=True).start()
+    with os.fdopen(int(argv[1]), "w", buffering=1, encoding="utf-8") as stream:
+        # Until the parent ends us, without the runtimes' own shutdown: some of them crash there after all the work is done.
+        while True:
+            call = json.loads(calls.get())
+            answer = _call(call, lambda stage: print(STAGE + stage.replace("\n", " "), file=stream))
+            path = Path(call["answer"])
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(answer), encoding="utf-8")
+            partial.rename(path)
+            print(ANSWERED, file=stream)
 
 
 if __name__ == "__main__":

@@ -81,8 +81,9 @@ def _base_of(adapter: Origin) -> Origin:
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
-    """Fetch config, tokenizer and weights of a hub id; pickled weights only where there are no others."""
-    light = [*layout.CONFIG_FILES, *layout.TOKENIZER_FILES, *layout.WEIGHT_FILES, *layout.ADAPTER_FILES]
+    """Fetch config, tokenizer, weights and compact forms of a hub id; pickled weights only where there are no others."""
+    small = [*layout.CONFIG_FILES, *layout.TOKENIZER_FILES, *layout.COMPRESSION_FILES, *layout.ADAPTER_FILES]
+    light = [*small, *layout.WEIGHT_FILES]
     path = _snapshot(hub_id, revision, light)
     if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         return path

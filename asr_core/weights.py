@@ -82,8 +82,11 @@ class Weights:
                 yield f"{HEAD} differs from {EMBEDDING}: an untied head is not a Whisper model"
 
 
-def _stored_tensors(file: Path) -> dict[str, Stored]:
-    """Read a safetensors file's header: eight bytes of length, JSON, then the tensors' bytes."""
+def header(file: Path) -> dict[str, Stored]:
+    """Where a safetensors file's tensors lie: eight bytes of length, JSON, then the tensors' bytes.
+
+    Raises :class:`CheckpointError` where it isn't whole.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -91,14 +94,19 @@ def _stored_tensors(file: Path) -> dict[str, Stored]:
             pass
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header: dict[str, Any] = json.loads(stream.read(length))
+            entries: dict[str, Any] = json.loads(stream.read(length))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is not a complete safetensors file ({error}). Download or copy it again.") from error
-    header.pop("__metadata__", None)
-    other = sorted({entry["dtype"] for entry in header.values()} - TORCH_DTYPES.keys())
-    if other:
-        raise CheckpointError(f"{file} holds tensors of type {', '.join(other)}; Whisper weights are floating point.")
+    entries.pop("__metadata__", None)
     return {
         name: Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
+        for name, entry in entries.items()
     }
+
+
+def _stored_tensors(file: Path) -> dict[str, Stored]:
+    stored = header(file)
+    other = sorted({tensor.dtype for tensor in stored.values()} - TORCH_DTYPES.keys())
+    if other:
+        raise CheckpointError(f"{file} holds tensors of type {', '.join(other)}; Whisper weights are floating point.")
+    return stored

@@ -34,22 +34,35 @@ Samples = dict[str, list[Sample]]
 
 @dataclass(frozen=True)
 class Contender:
-    """One runner to time: its name in the table, its target, and what it opens."""
+    """One runner to time: its name in the table, its target, what it opens, and for PyTorch perhaps which variant."""
 
     name: str
     target: str
     path: Path
+    variant: str | None = None
 
 
 @click.command(help=__doc__)
 @checkpoint_options
-@click.option("--artifacts", required=True, type=click.Path(exists=True, path_type=Path), help="Its artifacts.")
+@click.option("--artifacts", type=click.Path(exists=True, path_type=Path), help="Its artifacts.")
+@click.option(
+    "--variant", "variants", multiple=True, help="A way to speed PyTorch up; 'all', or one of those that a wrong one lists."
+)
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(3), help="Interleaved rounds.")
 @click.option("--tokens", default=100, show_default=True, type=click.IntRange(1, 400), help="Forced tokens a window.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--json", "json_file", required=True, type=click.Path(path_type=Path), help="Raw samples go here.")
 @handle_errors
-def main(model: str, adapter: str | None, artifacts: Path, rounds: int, tokens: int, threads: int, json_file: Path) -> None:
+def main(
+    model: str,
+    adapter: str | None,
+    artifacts: Path | None,
+    variants: tuple[str, ...],
+    rounds: int,
+    tokens: int,
+    threads: int,
+    json_file: Path,
+) -> None:
     """Run the command."""
     from rich.console import Console
 
@@ -58,14 +71,30 @@ def main(model: str, adapter: str | None, artifacts: Path, rounds: int, tokens: 
     from parity.session import discover
 
     checkpoint = open_checkpoint(model, adapter)
-    folders = discover(artifacts, checkpoint.name)
+    folders = discover(artifacts, checkpoint.name) if artifacts else []
     contenders = [Contender(REFERENCE, "pytorch", checkpoint.path)]
+    contenders += [Contender(f"pytorch {name}", "pytorch", checkpoint.path, name) for name in _chosen(variants)]
     contenders += [Contender(f"{m.target}-{m.precision}", m.target, f) for f in folders for m in [read_manifest(f)]]
     samples = measure(contenders, rounds, tokens, threads)
     content = {"schema": 1, "host": report.host() | {"threads": threads}, "model": checkpoint.name, "tokens": tokens}
     report.write_json(json_file, content | {"samples": samples})
     terminal = Console()
     (terminal if terminal.is_terminal else Console(width=140)).print(table(samples))
+
+
+def _chosen(variants: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of variants; raises :class:`UsageError` for an unknown one."""
+    if not variants:
+        return ()
+    from asr_core.errors import UsageError
+    from runners._pytorch_variants import NAMES
+
+    if "all" in variants:
+        return NAMES
+    unknown = sorted(set(variants) - set(NAMES))
+    if unknown:
+        raise UsageError(f"PyTorch has no variant {unknown[0]!r}; it has: {', '.join(NAMES)}.")
+    return variants
 
 
 def measure(contenders: list[Contender], rounds: int, tokens: int, threads: int) -> Samples:
@@ -77,7 +106,7 @@ def measure(contenders: list[Contender], rounds: int, tokens: int, threads: int)
         for name, pipe in list(pipes.items()):
             needs = pipe.recv()
             if needs:
-                click.echo(f"{name}: not timed, needs {needs}")
+                click.echo(f"{name}: not measured, {needs}")
                 del pipes[name], samples[name]
         for number in range(rounds + 1):
             for name, pipe in pipes.items():
@@ -141,15 +170,29 @@ def _process(contender: Contender, tokens: int, threads: int) -> Iterator[Connec
 def _serve(contender: Contender, tokens: int, threads: int, pipe: Any) -> None:
     import numpy as np
 
-    from runners.base import open_runner
+    from asr_core.errors import UnavailableError
 
-    runner = open_runner(contender.target, contender.path, threads)
-    pipe.send("" if runner.timed else runner.timing_needs)
+    try:
+        runner = _open(contender, threads)
+    except UnavailableError as error:
+        pipe.send(str(error))
+        return
+    pipe.send("" if runner.timed else f"needs {runner.timing_needs}")
     generator = np.random.default_rng(0)
     mel = generator.standard_normal((1, runner.dims.n_mels, 3000)).astype(np.float32)
     forced = generator.integers(0, runner.tokens.end, tokens)
     while pipe.recv():
         pipe.send(_once(runner, mel, forced))
+
+
+def _open(contender: Contender, threads: int) -> Runner:
+    from runners import base
+
+    if contender.variant is None:
+        return base.open_runner(contender.target, contender.path, threads)
+    from runners import _pytorch_variants
+
+    return _pytorch_variants.open(contender.path, threads, contender.variant)
 
 
 def _once(runner: Runner, mel: Any, forced: Any) -> Sample:

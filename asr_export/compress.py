@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from asr_export.cli import handle_errors, stage_progress
+from asr_export.comparison import main as comparison
 from asr_export.search import main as search
 
 if TYPE_CHECKING:
@@ -129,3 +130,4 @@ def _cells(effect: Effect) -> tuple[str, ...]:
 
 
 main.add_command(search, "search")
+main.add_command(comparison, "table")

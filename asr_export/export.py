@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +22,9 @@ from asr_export.cli import checkpoint_options, handle_errors, open_checkpoint, r
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from asr_core.build import Staged
     from asr_core.checkpoint import Checkpoint
+    from parity.compare import Row
     from parity.session import Session
 
 # The clips that an artifact is checked on before it gets its name, and the tokens decoded of each: enough steps to show a
@@ -55,7 +61,8 @@ class Job:
     help="Heads that word timestamps are made from: the checkpoint's, a list (layer:head,…), or 'discover' to find them.",
 )
 @click.option("--data", "source", type=click.Path(path_type=Path), help="Clips to discover heads with [carried clips].")
-@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Exports at a time.")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Exports at a time, at most.")
+@click.option("--memory", type=click.IntRange(1), help="MB for exports at a time, by what earlier ones took [what is free].")
 @click.option("--force", is_flag=True, help="Export again even where an artifact is up to date.")
 @handle_errors
 def main(
@@ -68,6 +75,7 @@ def main(
     asked: str,
     source: Path | None,
     jobs: int,
+    memory: int | None,
     *,
     force: bool,
 ) -> None:
@@ -77,6 +85,7 @@ def main(
     planned = plan(target, precision, layout)
     require_any({name for name, _ in planned})
     checkpoint = heads.choose(open_checkpoint(model, adapter), asked, source, out)
+    announce(checkpoint, planned)
     failures = []
     stale = []
     for name, chosen in planned:
@@ -89,7 +98,7 @@ def main(
         except AsrExportError as error:
             report(error)
             failures.append(error)
-    failures += run(checkpoint, stale, jobs) if stale else []
+    failures += run(checkpoint, stale, out, jobs, memory) if stale else []
     if failures:
         raise SystemExit(failures[0].exit_code)
 
@@ -114,6 +123,18 @@ def plan(target: str, precision: str, layout: str | None = None) -> list[tuple[s
     return pairs
 
 
+def announce(checkpoint: Checkpoint, planned: list[tuple[str, str]]) -> None:
+    """Say on stderr, before anything is converted, which compact forms of the checkpoint will not reach which artifacts."""
+    from asr_core import build
+
+    losing: dict[str, list[str]] = {}
+    for target, precision in planned:
+        for notice in build.notices(checkpoint, target, precision):
+            losing.setdefault(notice, []).append(f"{target}-{precision}")
+    for notice, names in losing.items():
+        click.echo(f"Note: {notice} in {', '.join(names)}.", err=True)
+
+
 def require_any(targets: set[str]) -> None:
     """Raise :class:`~asr_core.errors.UnavailableError` where none of the targets can be exported with what is installed."""
     from asr_core import registry
@@ -128,14 +149,17 @@ def require_any(targets: set[str]) -> None:
         raise missing[0]
 
 
-def run(checkpoint: Checkpoint, stale: list[Job], jobs: int) -> list[AsrExportError]:
-    """Export and check every job, ``jobs`` at a time; reports each failure as it happens and returns them."""
-    with stage_progress() as progress, _checker(checkpoint, progress) as session, ThreadPoolExecutor(jobs) as pool:
+def run(checkpoint: Checkpoint, stale: list[Job], out: Path, jobs: int, memory_mb: float | None) -> list[AsrExportError]:
+    """Export and check every job, ``jobs`` at a time where memory allows; reports each failure and returns them."""
+    from asr_export import schedule
+
+    threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+    with stage_progress() as progress, _checker(checkpoint, progress) as checker:
 
         def attempt(job: Job) -> AsrExportError | None:
             bar = progress.add_task(job.name, total=None, stage="export")
             try:
-                line = _make(checkpoint, job, session, lambda stage: progress.update(bar, stage=stage))
+                line = _make(checkpoint, job, checker, threads, lambda stage: progress.update(bar, stage=stage))
             except AsrExportError as error:
                 progress.update(bar, total=1, completed=1, stage="[red]failed")
                 progress.console.print(f"{job.name}: {error}", markup=False, highlight=False)
@@ -144,19 +168,25 @@ def run(checkpoint: Checkpoint, stale: list[Job], jobs: int) -> list[AsrExportEr
             progress.console.print(line, markup=False, highlight=False)
             return None
 
-        return [error for error in pool.map(attempt, stale) if error]
+        # The answers that all wait for come first, beside the first export.
+        first = schedule.Need(math.inf, schedule.LIBRARIES_MB)
+        answers: schedule.Task[AsrExportError | None] = schedule.Task(first, checker.prepare)
+        needs = [schedule.need(job.name, checkpoint.dims, out) for job in stale]
+        tasks = [schedule.Task(need, partial(attempt, job)) for need, job in zip(needs, stale, strict=True)]
+        done = schedule.run([answers, *tasks], jobs, memory_mb or schedule.available_mb())
+        return [error for error in done if error]
 
 
-def _make(checkpoint: Checkpoint, job: Job, session: Session, tell: Callable[[str], None]) -> str:
+def _make(checkpoint: Checkpoint, job: Job, checker: _Checker, threads: int | None, tell: Callable[[str], None]) -> str:
     """Export one artifact, check it, and give it its name or put it aside; returns a line about it.
 
     Raises :class:`GateError` where it does not say what PyTorch says.
     """
     from asr_core import build
 
-    staged = build.stage(checkpoint, job.target, job.precision, job.final, tell)
+    staged = build.stage(checkpoint, job.target, job.precision, job.final, tell, threads)
     tell("check against PyTorch")
-    row = session.judge(staged.path)
+    row = checker.judge(staged)
     if row.status != "pass":
         failed = staged.quarantine(f"{row.status}: {row.reason}")
         raise GateError(f"{row.status} ({row.reason}); quarantined as {failed}")
@@ -176,9 +206,36 @@ def _up_to_date(checkpoint: Checkpoint, job: Job) -> bool:
     return build.up_to_date(checkpoint, job.target, job.precision, job.final)
 
 
+class _Checker:
+    """The comparison with PyTorch, whose answers are made beside the first exports."""
+
+    def __init__(self, session: Session, tell: Callable[..., None]) -> None:
+        self._session, self._tell = session, tell
+        self._prepared: Future[None] = Future()
+
+    def prepare(self) -> None:
+        """Ask PyTorch; raises :class:`GateError` where it fails, and then so does every :meth:`judge`."""
+        try:
+            self._session.prepare()
+        except BaseException as error:
+            self._prepared.set_exception(error)
+            raise
+        self._prepared.set_result(None)
+        self._tell(total=1, completed=1, stage="[green]done")
+
+    def judge(self, staged: Staged) -> Row:
+        """Compare a staged artifact with PyTorch, once its answers are there; without them nothing stays of the artifact."""
+        try:
+            self._prepared.result()
+        except BaseException:
+            shutil.rmtree(staged.path)
+            raise
+        return self._session.judge(staged.path)
+
+
 @contextmanager
-def _checker(checkpoint: Checkpoint, progress: Progress) -> Iterator[Session]:
-    """A parity session over the check clips, with PyTorch already measured."""
+def _checker(checkpoint: Checkpoint, progress: Progress) -> Iterator[_Checker]:
+    """A parity session over the check clips."""
     import reference
     from parity import data
     from parity.session import Session
@@ -188,6 +245,4 @@ def _checker(checkpoint: Checkpoint, progress: Progress) -> Iterator[Session]:
     with tempfile.TemporaryDirectory(prefix="asr-export-check-") as work:
         session = Session(checkpoint, chosen, Path(work), threads=1, max_new_tokens=CHECK_TOKENS, gates="export")
         bar = progress.add_task("pytorch", total=None, stage="reference answers")
-        session.prepare()
-        progress.update(bar, total=1, completed=1, stage="[green]done")
-        yield session
+        yield _Checker(session, partial(progress.update, bar))

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,14 @@ from asr_export.cli import checkpoint_options, handle_errors, open_checkpoint, s
 from asr_export.history import history
 from asr_export.localise import localise
 from asr_export.merge import merge
+from asr_export.profile import profile
 
 if TYPE_CHECKING:
     from asr_core.checkpoint import Checkpoint
     from parity import suite
     from parity.compare import Row
     from parity.data import Utterance
+    from parity.measurers import Measurer
     from parity.regression import Judgement
     from parity.session import Session
 
@@ -54,6 +56,11 @@ EPILOG = (
 @click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write the report as one page that needs no network.")
 @click.option("--markdown", "markdown_file", type=click.Path(path_type=Path), help="Write a summary for a pull request.")
 @click.option("--history", "history_file", type=click.Path(path_type=Path), help="Append here, and judge against the past.")
+@click.option(
+    "--cluster", help="Measure on the workers of a Dask scheduler (its address), or on processes of this machine: local."
+)
+@click.option("--share", help="Where the workers leave results: a folder that all see, or an fsspec address (s3://…).")
+@click.option("--unit", "size", type=click.IntRange(1), help="Utterances of one unit of a cluster's work [about 30 s of work].")
 @click.option("--work", type=click.Path(path_type=Path), help=f"Where unfinished runs wait [{WORK} below the artifacts].")
 @click.option("--fresh", is_flag=True, help="Measure anew what an interrupted run had finished.")
 @click.pass_context
@@ -70,6 +77,9 @@ def main(
     html_file: Path | None,
     markdown_file: Path | None,
     history_file: Path | None,
+    cluster: str | None,
+    share: str | None,
+    size: int | None,
     work: Path | None,
     *,
     fresh: bool,
@@ -78,6 +88,7 @@ def main(
     if context.invoked_subcommand:
         _refuse_options(context)
         return
+    _check_cluster(cluster, share, size)
     from asr_core import registry
 
     registry.require("pytorch", "export")
@@ -92,13 +103,17 @@ def main(
     folders = discover(artifacts, checkpoint.name)
     with ExitStack() as stack:
         place = stack.enter_context(_work_folder(work, artifacts, _inputs(checkpoint, utterances, threads, level), fresh=fresh))
-        measured = measure_all(checkpoint, utterances, folders, threads, level, place)
+        measurer = stack.enter_context(_measurer(cluster, share, place, size or _unit_size(checkpoint), threads, fresh=fresh))
+        measured = measure_all(checkpoint, utterances, folders, threads, level, place, measurer)
         session = measured.session
         plain = report.document(
             checkpoint, session.utterances, measured.rows, threads, details=measured.details, context=session.context
         )
         document = provenance.stamp(plain, utterances)
-        document["resumed"] = bool(session.kept.resumed)
+        # Of several machines, as of several runs, speeds are no ratio to PyTorch's on the same one.
+        document["resumed"] = bool(session.kept.resumed or cluster)
+        if cluster:
+            document["units"] = [asdict(one) for one in measurer.times]
         judgement = None
         try:
             if history_file:
@@ -114,6 +129,7 @@ def main(
 main.add_command(history)
 main.add_command(localise)
 main.add_command(merge)
+main.add_command(profile)
 
 
 @dataclass(frozen=True)
@@ -126,7 +142,13 @@ class Measured:
 
 
 def measure_all(
-    checkpoint: Checkpoint, utterances: list[Utterance], folders: list[Path], threads: int, level: suite.Level, work: Path
+    checkpoint: Checkpoint,
+    utterances: list[Utterance],
+    folders: list[Path],
+    threads: int,
+    level: suite.Level,
+    work: Path,
+    measurer: Measurer,
 ) -> Measured:
     """Measure PyTorch and every artifact, with progress on the terminal; the files lie in ``work``."""
     from parity import details
@@ -141,10 +163,12 @@ def measure_all(
             work,
             threads,
             level=level,
+            measurer=measurer,
             progress=lambda name, stage: progress.update(bar, description=name, stage=stage),
         )
         rows = [session.prepare()]
         progress.advance(bar)
+        session.expect(folders)
         for folder in folders:
             rows.append(session.judge(folder))
             rows += session.testimony(rows[-1], folder)
@@ -152,7 +176,11 @@ def measure_all(
     if session.kept.resumed:
         click.echo(f"Resumed: {', '.join(session.kept.resumed)} measured before (--fresh measures anew).", err=True)
     behind = details.read(work, rows, session.utterances, normaliser(checkpoint))
-    session.context["harness"] = {"wall_s": time.perf_counter() - started, "backends_s": session.backends_s}
+    session.context["harness"] = {
+        "wall_s": time.perf_counter() - started,
+        "features_s": session.features_s,
+        "backends_s": session.backends_s,
+    }
     return Measured(rows, behind, session)
 
 
@@ -174,6 +202,45 @@ def _refuse_options(context: click.Context) -> None:
         options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
         named = ", ".join(options[name] for name in given)
         raise UsageError(f"{named} belongs to a parity run; put the options of {context.invoked_subcommand} after its name.")
+
+
+def _check_cluster(cluster: str | None, share: str | None, size: int | None) -> None:
+    """Refuse options that would do nothing, and a cluster that would have no place for its results."""
+    if cluster is None and (share or size):
+        raise UsageError(f"{'--share' if share else '--unit'} belongs to --cluster.")
+    if cluster is None:
+        return
+    from asr_core import registry
+    from parity.measurers import LOCAL
+
+    registry.require("cluster")
+    if cluster != LOCAL and not share:
+        raise UsageError(f"--cluster {cluster} needs --share: a folder that all its workers see, or an fsspec address.")
+
+
+@contextmanager
+def _measurer(cluster: str | None, share: str | None, place: Path, size: int, threads: int, *, fresh: bool) -> Iterator[Measurer]:
+    """Who measures: this machine alone, or a fleet whose results wait in the share under the name of the run."""
+    if cluster is None:
+        from parity.measurers import Alone
+
+        yield Alone()
+        return
+    from parity import fleet, resume
+
+    address = f"{share.rstrip('/')}/{place.name}" if share else str((place / resume.SHARE).absolute())
+    with fleet.connect(cluster, address, size, threads, fresh=fresh) as measurer:
+        yield measurer
+
+
+def _unit_size(checkpoint: Checkpoint) -> int:
+    """Utterances of about half a minute of work."""
+    import math
+
+    from asr_core.dims import expected_shapes
+    from parity import units
+
+    return units.size(sum(math.prod(shape) for shape in expected_shapes(checkpoint.dims).values()))
 
 
 def _inputs(checkpoint: Checkpoint, utterances: list[Utterance], threads: int, level: suite.Level) -> dict[str, Any]:

@@ -30,7 +30,12 @@ HEADER = f"{'MB':>9} {'ΔWER':>7} {'p50 ms':>8} {'p95 ms':>8}  candidate"
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the search; the same one goes on.")
 @click.option("--trials", default=40, show_default=True, type=click.IntRange(1), help="Points to try.")
 @click.option(
-    "--data", type=click.Path(path_type=Path), help="NeMo manifest or LibriSpeech folder.  [default: the carried clips]"
+    "--data",
+    type=click.Path(path_type=Path),
+    help="NeMo manifest or LibriSpeech folder; some clips calibrate, the rest judge.  [default: the carried clips]",
+)
+@click.option(
+    "--judge", type=click.Path(path_type=Path), help="NeMo manifest or LibriSpeech folder to judge on; --data calibrates then."
 )
 @click.option("--repair", default=0, show_default=True, type=click.IntRange(0), help="Steps of fine-tuning after every cut.")
 @click.option("--allow-slower", is_flag=True, help="Accept artifacts that are smaller but slower than the source's own.")
@@ -45,6 +50,7 @@ def main(
     out: Path,
     trials: int,
     data: Path | None,
+    judge: Path | None,
     repair: int,
     threads: int,
     seed: int,
@@ -71,13 +77,21 @@ def main(
 
     source = Checkpoint.open(model)
     utterances = read(data or reference.manifest_path())
+    judges = read(judge) if judge else None
     with stage_progress() as progress:
         bar = progress.add_task(source.name, total=None, stage="")
         trial = progress.add_task("", total=None, stage="")
         root = out / f"{source.name}-{source.fingerprint[:12]}-{target}"
-        lab = Workbench(source, target, utterances, root, bounds, threads, lambda stage: progress.update(trial, stage=stage))
+
+        def tell(stage: str) -> None:
+            progress.update(bar, stage=stage)
+
+        def detail(stage: str) -> None:
+            progress.update(trial, stage=stage)
+
+        lab = Workbench(source, target, utterances, judges, root, bounds, threads, detail)
         space = Space(source.dims, precisions, repair)
-        search = Search(space, bounds, lab, root, trials, seed, allow_slower, lambda stage: progress.update(bar, stage=stage))
+        search = Search(space, bounds, lab, root, trials, seed, allow_slower, tell)
         found = search.run()
     _write(found, lab, out)
     _report(found, bounds, out)

@@ -46,6 +46,12 @@ class Figures:
         return not math.isnan(self.latency_p50)
 
 
+def too_large(size: float) -> Figures:
+    """Of an artifact that was not run, because its size alone is too much."""
+    unknown = float("nan")
+    return Figures(size, unknown, unknown, unknown, unknown, unknown, status="fail", reason=f"{size:.2f} MB")
+
+
 @dataclass(frozen=True)
 class Bound:
     """A figure and what it may be at most."""

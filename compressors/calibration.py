@@ -7,11 +7,11 @@ the clips that it has seen, and measuring on one of them is an error.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -36,6 +36,10 @@ SAMPLES_PER_POSITION = 2 * audio.HOP  # of the encoder
 # A window's padding together counts as this share of its sound. Short clips are mostly padding: with equal weights for every
 # position, compression would spend its precision on silence (int4 by GPTQ: KL .0062 against .0037).
 PADDING = 0.25
+
+
+# Told of the inputs [rows, K] of a linear layer for one window, and of how much each row counts, float32 [rows, 1].
+Watcher = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,12 @@ def windows(checkpoint: Checkpoint, utterances: Sequence[Utterance]) -> list[Win
 
     runner = open_runner("pytorch", checkpoint.path, torch.get_num_threads())
     filters = audio.mel_filters(checkpoint.dims.n_mels)
-    prompt = runner.tokens.prompt()
     made = []
     for utterance in utterances:
+        prompt = runner.tokens.prompt(utterance.language)
         samples = audio.load_audio(utterance.path)[: audio.WINDOW_SAMPLES]
         mel = audio.log_mel(samples, filters)[None]
-        heard = runner.generate(mel, DecodeOptions())[0].tokens
+        heard = runner.generate(mel, DecodeOptions(language=utterance.language))[0].tokens
         made.append(
             Window(
                 clip=hashlib.sha256(samples.tobytes()).hexdigest(),
@@ -167,16 +171,26 @@ def logits(module: WhisperForConditionalGeneration, window: Window) -> Tensor:
 
 
 def _moments(model: Model, heard: Sequence[Window]) -> dict[str, Moments]:
-    module = model.module()
-    positions = model.dims.n_audio_ctx
     collectors = {name: _Collector(model.tensors[name].shape[1]) for block in model.blocks for name in block}
-    with _watching(module, collectors):
-        for window in heard:
-            encoder, decoder = window.weights(positions), torch.ones(len(window.tokens) - 1, 1)
-            for name, collector in collectors.items():
-                collector.weights = encoder if reads_audio(name) else decoder
-            logits(module, window)
+    watch(model, heard, collectors)
     return {name: collector.moments() for name, collector in collectors.items()}
+
+
+def watch(model: Model, heard: Sequence[Window], watchers: Mapping[str, Watcher]) -> None:
+    """Let the model hear the windows and tell each watcher the inputs of the linear layer whose weight it is listed under."""
+    module = model.module()
+    counted = torch.empty(0), torch.empty(0)
+
+    def tell(name: str, x: Tensor) -> None:
+        watchers[name](x.flatten(0, -2), counted[not reads_audio(name)])
+
+    with ExitStack() as stack:
+        for name in watchers:
+            layer = module.get_submodule(name.removesuffix(".weight"))
+            stack.enter_context(layer.register_forward_pre_hook(lambda _, given, name=name: tell(name, *given)))
+        for window in heard:
+            counted = window.weights(model.dims.n_audio_ctx), torch.ones(len(window.tokens) - 1, 1)
+            logits(module, window)
 
 
 def reads_audio(name: str) -> bool:
@@ -185,31 +199,20 @@ def reads_audio(name: str) -> bool:
 
 
 class _Collector:
-    """Adds up one layer's inputs; torch calls it before the layer. ``weights`` [rows, 1] say how much each row counts."""
+    """Adds up one layer's inputs."""
 
     def __init__(self, width: int) -> None:
-        self.weights = torch.empty(0)
         self.rows = 0.0
         self.second = torch.zeros(width, width, dtype=torch.float64)
         self.total = torch.zeros(width, dtype=torch.float64)
         self.largest = torch.zeros(width)
 
-    def __call__(self, layer: Any, arguments: tuple[Tensor, ...]) -> None:
-        x = arguments[0].flatten(0, -2)
-        weighted = x * self.weights
-        self.rows += float(self.weights.sum())
+    def __call__(self, x: Tensor, weights: Tensor) -> None:
+        weighted = x * weights
+        self.rows += float(weights.sum())
         self.second += weighted.T @ x
         self.total += weighted.sum(0)
         self.largest = torch.maximum(self.largest, x.abs().amax(0))
 
     def moments(self) -> Moments:
         return Moments(self.second / self.rows, self.total / self.rows, self.largest)
-
-
-@contextmanager
-def _watching(module: WhisperForConditionalGeneration, collectors: dict[str, _Collector]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for name, collector in collectors.items():
-            layer = module.get_submodule(name.removesuffix(".weight"))
-            stack.enter_context(layer.register_forward_pre_hook(collector))
-        yield

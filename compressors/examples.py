@@ -56,15 +56,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples side by side: mel [B, n_mels, 3000], inputs and labels int64 [B, T]; padding has no loss."""
+    """Examples side by side: mel [B, n_mels, 3000], inputs and labels int64 [B, T]; padding has no loss.
+
+    ``states`` [B, positions, d] are the encoder's, where that is not trained and they are known.
+    """
 
     mel: Tensor
     inputs: Tensor
     labels: Tensor
+    states: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        return Batch(self.mel.to(device), self.inputs.to(device), self.labels.to(device))
+        states = None if self.states is None else self.states.to(device)
+        return Batch(self.mel.to(device), self.inputs.to(device), self.labels.to(device), states)
 
 
 class Examples(Protocol):
@@ -143,9 +148,6 @@ class _LastStage:
 
     value = 1.0
 
-    def __float__(self) -> float:
-        return self.value
-
 
 def _synthesise(tokenizer: Path, windows: int, seed: int, folder: Path) -> None:
     """Write mels float16 [windows, 80, 3000], which is as fine as training needs, and their scripts."""
@@ -166,8 +168,7 @@ def _windows(tokenizer: Path, seed: int) -> Iterator[tuple[Tensor, list[int], li
     registry.require("train")
     from reference.batches import Batches
 
-    stream: Iterator[Batch] = iter(Batches(tokenizer, _LastStage(), seed))  # type: ignore[arg-type]
-    for batch in stream:
+    for batch in Batches(tokenizer, _LastStage(), seed):
         for mel, inputs, labels in zip(batch.mel, batch.inputs.tolist(), batch.labels.tolist(), strict=True):
             length = 1 + max(i for i, label in enumerate(labels) if label != IGNORED)
             yield mel, inputs[:length], labels[:length]

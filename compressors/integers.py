@@ -13,6 +13,8 @@ from compressors.obs import compensate
 # Ternary weights after Li and Liu 2016: zero below this share of the mean magnitude, one magnitude above.
 TERNARY = 2  # bits
 TERNARY_THRESHOLD = 0.7
+FEW_BITS = 4
+LEAST = 2.0**-24  # the smallest scale of float16
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ def largest(bits: float) -> int:
 def scales_of(weight: Tensor, bits: int, group: int | None, *, whole: bool = False) -> Tensor:
     """Scales [N, K / group], [N, 1] without a group, or [1, 1] of the whole tensor: the largest magnitude over the largest code.
 
-    Ternary weights are the exception: the mean magnitude of those above the threshold.
+    Ternary weights are the exception: the mean magnitude of those above the threshold. Up to 4 bits, scales are float16's
+    values, so that formats that keep them so have these very weights.
     """
     rows, columns = (1, weight.numel()) if whole else weight.shape
     magnitudes = weight.abs().reshape(rows, -1, group or columns)
@@ -50,6 +53,8 @@ def scales_of(weight: Tensor, bits: int, group: int | None, *, whole: bool = Fal
         scales = (magnitudes * above).sum(-1) / above.sum(-1).clamp(min=1)
     else:
         scales = magnitudes.amax(-1) / largest(bits)
+    if bits <= FEW_BITS:
+        return scales.half().float().clamp(min=LEAST)
     return scales.clamp(min=torch.finfo(torch.float32).tiny).float()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING
 from asr_core import build, compressed
 from asr_core.errors import ArtifactError, AsrExportError, StorageError, UsageError
 from compressors import base, calibration, folder
-from compressors.budget import Budget, Figures
+from compressors.budget import Budget, Figures, too_large
 from compressors.calibration import Calibration
 from compressors.model import Model
 from compressors.space import Candidate
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from parity.compare import Bounds, Row
     from parity.data import Utterance
 
-CALIBRATING = 32  # clips at most, and no more than a third of all; the others judge
+CALIBRATING = 32  # clips at most, and no more than a third of all where the others judge
 FEW = 16  # clips that sort out
 ACCEPTED = 0.5  # points of ΔWER, where the budget says nothing: what int8 Whispers are accepted with (thresholds.toml)
 # Between the loss that is accepted and the one that must be out of the question, as for int8 in thresholds.toml.
@@ -52,16 +55,18 @@ class Bench(Session):
 
 
 class Workbench:
-    """Makes candidates of one source for one target and measures them, everything below ``root``."""
+    """Makes candidates of one source for one target and measures them, everything below ``root``.
+
+    Some of the utterances calibrate, and the others judge, or ``judges`` where they are given.
+    """
 
     def __init__(
-        self, source: Checkpoint, target: str, utterances: Sequence[Utterance], root: Path, budget: Budget, threads: int,
-        tell: Callable[[str], None],
+        self, source: Checkpoint, target: str, utterances: Sequence[Utterance], judges: Sequence[Utterance] | None, root: Path,
+        budget: Budget, threads: int, tell: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._source, self._target, self._root, self._tell = source, target, root, tell
-        used = min(CALIBRATING, len(utterances) // 3)
-        calibrating = _spread(utterances, used)
-        judging = [utterance for utterance in utterances if utterance not in calibrating]
+        calibrating = _spread(utterances, min(CALIBRATING, len(utterances) if judges else len(utterances) // 3))
+        judging = [utterance for utterance in judges or utterances if utterance not in calibrating]
         if not any(utterance.text.strip() for utterance in judging):
             raise UsageError("the data has no transcripts: without them there is no word error rate to search by.")
         self._model = Model.open(source)
@@ -73,9 +78,11 @@ class Workbench:
         }
 
     def _bench(self, name: str, clips: list[Utterance], accepted: float, threads: int) -> Bench:
-        work = self._root / WORK / name
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        # PyTorch's own answers serve every search on the same clips.
+        listed = [[str(clip.path), clip.path.stat().st_mtime_ns, clip.text, clip.language] for clip in clips]
+        digest = hashlib.sha256(json.dumps([listed, threads]).encode()).hexdigest()[:12]
+        work = self._root / WORK / f"{name}-{digest}"
+        work.mkdir(parents=True, exist_ok=True)
         return Bench(self._source, clips, work, threads, gates="search", accepted=accepted, progress=self._stage)
 
     def rough(self, candidate: Candidate, limit_mb: float | None) -> Figures | None:
@@ -89,16 +96,17 @@ class Workbench:
             return None
         size = artifact.size_mb
         if limit_mb is not None and size > limit_mb:
-            unmeasured = [float("nan")] * 5
-            return Figures(size, *unmeasured, status="fail", reason=f"{size:.2f} MB")
+            return too_large(size)
         return self._measured("few", artifact)
 
     def full(self, candidate: Candidate) -> Figures | None:
-        """On all clips but the calibrating ones; anew."""
-        artifact = self._artifact(candidate)
-        measured = self._benches["all"].work / f"{artifact.manifest.target}-{artifact.manifest.precision}"
-        shutil.rmtree(measured, ignore_errors=True)
-        return self._measured("all", artifact)
+        """On all judging clips; anew."""
+        return self._anew("all", candidate)
+
+    def ratio(self, candidate: Candidate, plain: Candidate) -> float:
+        """On few clips, one after the other; infinite where one of them gives no figures."""
+        mine, other = self._anew("few", candidate), self._anew("few", plain)
+        return mine.latency_p50 / other.latency_p50 if mine and other else math.inf
 
     def drop(self, candidate: Candidate) -> None:
         """Remove a candidate's checkpoint and artifact."""
@@ -151,6 +159,11 @@ class Workbench:
         if build.up_to_date(checkpoint, self._target, candidate.precision, final):
             return Artifact.open(final)
         return build.stage(checkpoint, self._target, candidate.precision, final, partial(self._stage, "export")).publish()
+
+    def _anew(self, name: str, candidate: Candidate) -> Figures | None:
+        artifact = self._artifact(candidate)
+        shutil.rmtree(self._benches[name].work / artifact.path.name, ignore_errors=True)
+        return self._measured(name, artifact)
 
     def _measured(self, name: str, artifact: Artifact) -> Figures | None:
         bench = self._benches[name]

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from asr_core import compressed
+from asr_core import registry
 from asr_core.checkpoint import Checkpoint
 from asr_core.compressed import Size
 from asr_core.dims import EMBEDDING, HEAD, Dims
 from asr_core.errors import UsageError
+from compressors import ranges
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration
@@ -48,13 +49,7 @@ class Model:
     @classmethod
     def open(cls, checkpoint: Checkpoint) -> Model:
         """Read a checkpoint, and the compact forms of one that is compressed already."""
-        record = compressed.read(checkpoint.path)
-        entries = record.forms if record else {}
-        forms = {
-            name: Form(compressed.read_form(checkpoint.path, record, name), entry.bits)
-            for name, entry in entries.items()
-            if record is not None
-        }
+        forms = {name: Form(checkpoint.forms.read(name), checkpoint.forms.bits(name)) for name in checkpoint.forms.names}
         return cls(checkpoint.config, checkpoint.generation, checkpoint.state_dict(), forms)
 
     @cached_property
@@ -109,14 +104,21 @@ class Model:
         )
 
     def module(self) -> WhisperForConditionalGeneration:
-        """The model in transformers, over these very tensors (no copies), for evaluation."""
-        from runners import pytorch  # imports transformers without its slow neighbours
+        """The model in transformers, over these very tensors (no copies), for evaluation.
 
-        config = pytorch.WhisperForConditionalGeneration.config_class.from_dict(self.config)
+        Inputs that have a range are rounded to its steps, as they will be where the range is used.
+        """
+        # As the PyTorch runner imports it: without a neighbour that takes seconds.
+        whisper = registry.import_alone("transformers.models.whisper.modeling_whisper", without=["torchao"])
+        config = whisper.WhisperConfig.from_dict(self.config)
         config._attn_implementation = "sdpa"  # noqa: SLF001 - from_config's only way to say it
         with torch.device("meta"):
-            module = pytorch.WhisperForConditionalGeneration(config)
+            module: WhisperForConditionalGeneration = whisper.WhisperForConditionalGeneration(config)
         module.load_state_dict({**self.tensors, HEAD: self.tensors[EMBEDDING]}, strict=True, assign=True)
+        for name, form in self.forms.items():
+            if "input_scale" in form.parts:
+                layer = module.get_submodule(name.removesuffix(".weight"))
+                layer.register_forward_pre_hook(lambda _, given, parts=form.parts: ranges.rounded(given[0], parts))
         return module.eval()
 
 

@@ -42,7 +42,8 @@ def compensate(weight: Tensor, second: Tensor, plan: Plan, block: int = BLOCK) -
 
 def inverse_factor(second: Tensor) -> Tensor:
     """The upper Cholesky factor U of the damped H's inverse = UᵀU, float64 [K, K]."""
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped(second))), upper=True)
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped(second))), upper=True)
+    return factor
 
 
 def damped(second: Tensor, share: float = DAMPING) -> Tensor:

@@ -22,6 +22,15 @@ class Planned:
     parameters: Parameters
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file: its steps, what to call it, and the artifacts that its form is for, as ``onnx-int4``."""
+
+    title: str
+    steps: list[Planned]
+    artifacts: list[str]
+
+
 def plan(method: str, settings: Sequence[str]) -> Planned:
     """One step from a method's name and ``key=value`` settings, whose values are YAML: ``4``, ``true``, ``[0, 2]``."""
     given: dict[str, Any] = {}
@@ -41,24 +50,32 @@ def read(file: Path) -> list[Planned]:
 
     Raises :class:`UsageError` with the line where a step is unknown, or its parameters don't fit.
     """
+    return read_whole(file).steps
+
+
+def read_whole(file: Path) -> Recipe:
+    """The same with what may stand beside the steps: ``title`` (else the file's name) and ``artifacts``."""
     try:
         root = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
     except FileNotFoundError:
         raise UsageError(f"{file}: no such recipe.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} is not YAML ({_problem(error)}).") from error
-    steps = _steps(root)
-    if not steps:
-        raise UsageError(f"{file} has no steps. A recipe is 'steps:' and a list of '- METHOD: {{PARAMETER: VALUE}}'.")
-    return [_planned(file, step) for step in steps]
+    parts = _parts(root)
+    steps = parts.pop("steps", None)
+    if not isinstance(steps, yaml.SequenceNode) or not steps.value or parts.keys() - {"title", "artifacts"}:
+        raise UsageError(
+            f"{file} has no steps. A recipe is 'steps:' and a list of '- METHOD: {{PARAMETER: VALUE}}', beside them at most "
+            "'title:' and 'artifacts:'."
+        )
+    given = {name: yaml.SafeLoader("").construct_object(node, deep=True) for name, node in parts.items()}
+    planned = [_planned(file, step) for step in steps.value]
+    return Recipe(str(given.get("title", file.stem)), planned, [str(name) for name in given.get("artifacts", [])])
 
 
-def _steps(root: yaml.Node | None) -> list[yaml.Node]:
+def _parts(root: yaml.Node | None) -> dict[str, yaml.Node]:
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
-    found = {key.value: value for key, value in pairs}
-    if found.keys() != {"steps"} or not isinstance(found["steps"], yaml.SequenceNode):
-        return []
-    return list(found["steps"].value)
+    return {key.value: value for key, value in pairs}
 
 
 def _planned(file: Path, step: yaml.Node) -> Planned:

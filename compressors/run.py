@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,10 +44,11 @@ def run(
     out: Path,
     progress: Progress = lambda stage: None,
     judging: Sequence[Utterance] | None = None,
+    hear: Callable[[Checkpoint, Sequence[Utterance]], list[Window]] = calibration.windows,
 ) -> Compressed:
     """Apply the steps in order and write the result to ``out``; one half of the utterances calibrates, the other judges.
 
-    With ``judging``, those judge and all the utterances calibrate.
+    With ``judging``, those judge and all the utterances calibrate. ``hear`` makes windows of them.
 
     Every step's calibration hears the model as the steps before it left it. Steps that train keep their state beside ``out``
     until the run is through: the same run goes on from there. Raises :class:`ExportError` where a training breaks, and leaves
@@ -59,11 +60,11 @@ def run(
 
     def calibrating() -> list[Window]:
         calibration.check_sound(first)
-        return calibration.windows(source, first)
+        return hear(source, first)
 
     heard = Calibration(calibrating, source)
     before = model = Model.open(source)
-    steps = []
+    steps: list[Step] = []
     for number, planned in enumerate(plan, 1):
         method = base.method(planned.method)
         heard.work = kept / _stamp(source, plan[:number])
@@ -80,7 +81,7 @@ def run(
         steps.append(_step(source, planned, applied))
     progress("judge")
     seen = sorted({*_seen(source), *heard.seen})
-    held_out = [window for window in calibration.windows(source, second) if window.clip not in seen] if second else []
+    held_out = [window for window in hear(source, second) if window.clip not in seen] if second else []
     kl = mean_kl(before, model, held_out, seen) if held_out else None
     progress("write")
     checkpoint, record = folder.write(out, source, model, steps, seen, kl)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
 SIDES = ("encoder", "decoder")
-FLOAT = 32
-BITS = (FLOAT, 8, 4)
+PACKED = "int4"  # the precision whose artifacts keep every weight's own codes; in the others, few bits make nothing smaller
+BITS = (8, 4)
 GROUP = 32  # weights that share a scale at 4 bits
 WIDTHS = (0.0, 0.25, 0.5)  # share of the feed-forward channels that goes
 RANKS = (1.0, 0.5, 0.25)  # share of the full rank that stays; 1 leaves the weights whole
@@ -55,28 +55,25 @@ class Space:
     precisions: Sequence[str]
     repair: int = 0
 
-    @property
-    def choices(self) -> dict[str, list[Any]]:
-        """Every parameter of the search, and what it may be."""
+    def choices(self, precision: str) -> dict[str, list[Any]]:
+        """Every parameter of the search at a precision, and what it may be."""
         layers = self.dims.decoder_layers
         depths = sorted({max(1, round(share * layers)) for share in DEPTHS}, reverse=True)
-        bits = {f"{side}_bits_{i}": list(BITS) for side in SIDES for i in range(self._groups(side))}
-        return {
-            "precision": list(self.precisions),
-            "decoder_layers": depths,
-            "ffn": list(WIDTHS),
-            "rank": list(RANKS),
-            **bits,
-            "embedding_bits": list(BITS),
-        }
+        cuts: dict[str, list[Any]] = {"decoder_layers": depths, "ffn": list(WIDTHS), "rank": list(RANKS)}
+        if precision != PACKED:
+            return cuts
+        names = [f"{side}_bits_{i}" for side in SIDES for i in range(self._groups(side))]
+        return cuts | {name: list(BITS) for name in [*names, "embedding_bits"]}
 
     def plain(self, precision: str) -> dict[str, Any]:
-        """The choices that leave the source as it is."""
-        return {name: options[0] for name, options in self.choices.items()} | {"precision": precision}
+        """The choices that cut nothing, with 8 bits where there is a choice."""
+        return {name: options[0] for name, options in self.choices(precision).items()} | {"precision": precision}
 
     def suggest(self, trial: BaseTrial) -> Candidate:
         """What an optimiser's trial chooses."""
-        return self.candidate({name: trial.suggest_categorical(name, options) for name, options in self.choices.items()})
+        precision = trial.suggest_categorical("precision", list(self.precisions))
+        chosen = {name: trial.suggest_categorical(name, options) for name, options in self.choices(precision).items()}
+        return self.candidate(chosen | {"precision": precision})
 
     def candidate(self, chosen: Mapping[str, Any]) -> Candidate:
         """The recipe of some choices, in the order in which the methods work on each other's results."""
@@ -91,12 +88,12 @@ class Space:
             steps.append({"lowrank": {"share": chosen["rank"]}})
         if steps and self.repair:
             steps.append({"finetune": {"steps": self.repair}})
-        return Candidate(chosen["precision"], steps + self._rounding(chosen))
+        return Candidate(chosen["precision"], steps + (self._rounding(chosen) if chosen["precision"] == PACKED else []))
 
     def _rounding(self, chosen: Mapping[str, Any]) -> list[Step]:
         counts = {"encoder": self.dims.encoder_layers, "decoder": chosen["decoder_layers"]}
         steps = []
-        for bits in BITS[1:]:
+        for bits in BITS:
             only = [
                 f"model.{side}.layers.{i}.*"
                 for side in SIDES
@@ -108,7 +105,7 @@ class Space:
                 continue
             given: dict[str, Any] = {"bits": bits, "body": bool(only), "embedding": embedding}
             given |= {"only": only} if only else {}
-            steps.append({"quantise": given | ({"group": GROUP} if bits < BITS[1] else {})})
+            steps.append({"quantise": given | ({"group": GROUP} if bits < BITS[0] else {})})
         return steps
 
     def _groups(self, side: str) -> int:

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 class Target(Protocol):
     """What the student is compared with at the labelled positions of one batch."""
 
-    states: Tensor | None
+    @property
+    def states(self) -> Tensor | None:
+        """The teacher's encoder states [B, T, d], where it has them at hand."""
+        ...
 
     def divergence(self, logits: Tensor) -> Tensor:
         """Mean KL(teacher || student) in nats, of logits [n, vocab]."""
@@ -135,7 +138,8 @@ class Kept:
             partial = _partial(file)
             save_file(self._asked(self[index]), partial)
             partial.replace(file)
-        return load_file(file)
+        answer: dict[str, Tensor] = load_file(file)
+        return answer
 
     def _asked(self, example: Example) -> dict[str, Tensor]:
         inputs, labels = torch.tensor([example.inputs]), torch.tensor([example.labels])
@@ -147,10 +151,14 @@ class Kept:
 
     def _heard(self, example: Example) -> list[int]:
         """The teacher's greedy transcript of a window, under the prompt that the example has."""
-        prompt = set(example.prompt)
-        language = next((code for code, index in self._ids.languages.items() if index in prompt), "en")
-        task = next((name for name, index in self._ids.tasks.items() if index in prompt), "transcribe")
-        options = DecodeOptions(language=language, task=task, timestamps=self._ids.no_timestamps not in prompt)
+        start = example.prompt.index(self._ids.start)
+        asked = set(example.prompt[start:])
+        options = DecodeOptions(
+            language=next((code for code, index in self._ids.languages.items() if index in asked), "en"),
+            task=next((name for name, index in self._ids.tasks.items() if index in asked), "transcribe"),
+            timestamps=self._ids.no_timestamps not in asked,
+            prompt=tuple(example.prompt[1:start]),  # behind <|startofprev|>
+        )
         return self._runner.generate(example.mel[None].numpy(), options)[0].tokens
 
 

@@ -6,15 +6,17 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from asr_core.compressed import Effect
 from asr_core.errors import ExportError
 from asr_core.isolate import Progress
 from compressors import examples as data
@@ -28,6 +30,7 @@ from compressors.model import Model
 from compressors.teacher import Kept, Live, Target
 
 STATE = "state.pt"
+ENCODED = "encoded"  # folder of the encoder states, where the encoder is not trained
 SAVE_EVERY_S = 60.0  # a killed run loses no more than this
 WARM_UP = 0.1  # share of the steps
 LOWEST = 0.05  # share of the peak rate at the last step
@@ -94,6 +97,33 @@ class Run:
         return [part.data for one in self.latents.values() for part in one.trained]
 
 
+class Encoded:
+    """The states of an encoder that is not trained: computed once for every example, and kept in half precision."""
+
+    def __init__(self, module: nn.Module, folder: Path) -> None:
+        self._encoder = module.get_submodule("model.encoder")
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def states(self, indices: Sequence[int], mel: Tensor) -> Tensor:
+        """Float32 [B, positions, d] of the examples at ``indices``, whose mels are given."""
+        return torch.stack([self._of(index, one) for index, one in zip(indices, mel, strict=True)]).to(mel.device)
+
+    def _of(self, index: int, mel: Tensor) -> Tensor:
+        file = self._folder / f"{index}.npy"
+        if not file.exists():
+            with torch.inference_mode():
+                states = self._encoder(mel[None]).last_hidden_state[0].cpu().half().numpy()
+            partial = file.with_name(f"{index}.partial-{os.getpid()}.npy")
+            np.save(partial, states)
+            partial.replace(file)
+        return torch.from_numpy(np.load(file)).float()
+
+
+def _trains_encoder(made: Mapping[str, Latent]) -> bool:
+    return any(one.trained and name.startswith("model.encoder.") for name, one in made.items())
+
+
 def device() -> torch.device:
     """Where to train: on a GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,10 +156,13 @@ def train(
         work.mkdir(parents=True, exist_ok=True)
         run.save(file)
     module = model.module().to(where)
+    encoded = None if _trains_encoder(made) else Encoded(module, work / ENCODED)
     saved, recent = time.monotonic(), deque[float](maxlen=RECENT)
     while run.step < schedule.steps:
         chosen = data.order(len(examples), run.step, schedule.batch, schedule.seed)
         batch = data.collate([examples[i] for i in chosen], model.config["eos_token_id"]).to(where)
+        if encoded:
+            batch = replace(batch, states=encoded.states(chosen, batch.mel))
         loss = loss_of(module, made, batch, teacher.target(chosen, batch), weighing, half=schedule.half)
         if not _learn(run, trained, loss, schedule):
             raise _diverged(model, run, file)
@@ -146,7 +179,8 @@ def loss_of(
     module: nn.Module, made: Mapping[str, Latent], batch: Batch, target: Target, weighing: Weighing, *, half: bool = False
 ) -> Tensor:
     """The weighed loss of a batch."""
-    given = {"input_features": batch.mel, "decoder_input_ids": batch.inputs, "use_cache": False}
+    given: dict[str, Any] = {"decoder_input_ids": batch.inputs, "use_cache": False}
+    given |= {"input_features": batch.mel} if batch.states is None else {"encoder_outputs": (batch.states,)}
     with torch.autocast(batch.mel.device.type, dtype=torch.bfloat16, enabled=half):
         said: Any = torch.func.functional_call(module, latent.values(made), kwargs=given, tie_weights=False)
     judged = batch.labels != IGNORED
@@ -189,12 +223,16 @@ def _diverged(model: Model, run: Run, file: Path) -> DivergedError:
 def applied(model: Model, made: Mapping[str, Latent]) -> Applied:
     """What the training made, and its effect on every matrix that moved."""
     trained = latent.finished(model, made)
-    effects = [
-        effect(name, model.tensors[name], trained.tensors[name], trained.form(name))
-        for name, one in made.items()
-        if one.trained and model.tensors[name].ndim == 2  # noqa: PLR2004 - matrices
+    return Applied(trained, effects(model, trained, [name for name, one in made.items() if one.trained]))
+
+
+def effects(before: Model, after: Model, names: Sequence[str]) -> list[Effect]:
+    """What became of the matrices among some tensors."""
+    return [
+        effect(name, before.tensors[name], after.tensors[name], after.form(name))
+        for name in names
+        if before.tensors[name].ndim == 2  # noqa: PLR2004 - matrices
     ]
-    return Applied(trained, effects)
 
 
 def work_of(calibration: Calibration, method: str) -> Path:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # WhisperKit's caches and logits are float16.
 PRECISIONS = ("fp16", "int8")
+CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads"))
 FLOOR = 1e-10  # of mel energies before the logarithm, as in openai-whisper
 LOG10 = 2.302585092994046
 INTEGERS = ("input_ids", "cache_length")
@@ -102,7 +103,7 @@ def _encoder(checkpoint: Checkpoint) -> Traceable:
 
     dims = checkpoint.dims
     with torch.device("meta"):
-        encoder = graph.Encoder(dims)
+        encoder = graph.encoder(checkpoint)
     load_weights(encoder, "model.encoder.", checkpoint)
 
     class AudioEncoder(nn.Module):
@@ -132,7 +133,7 @@ def _decoder(checkpoint: Checkpoint) -> Traceable:
     dims = checkpoint.dims
     heads = checkpoint.alignment_heads
     with torch.device("meta"):
-        decoder = graph.Decoder(dims)
+        decoder = graph.decoder(checkpoint)
     load_weights(decoder, "model.decoder.", checkpoint)
 
     class TextDecoder(nn.Module):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
 PRECISIONS = tuple(SUFFIX)
+CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads"))
 DATA = "_data"  # the ending of the weights' file that transformers.js looks for
 
 
@@ -63,7 +64,7 @@ def _encoder(checkpoint: Checkpoint, precision: str) -> ir.Model:
 
             def __init__(self) -> None:
                 super().__init__()
-                self.encoder = graph.Encoder(dims)
+                self.encoder = graph.encoder(checkpoint)
 
             def forward(self, mel: Tensor) -> Tensor:
                 states: Tensor = self.encoder(mel)
@@ -111,7 +112,7 @@ def _body(checkpoint: Checkpoint) -> Traceable:
     tensors = 2 * dims.decoder_layers
     heads, width = dims.decoder_heads, dims.head_dim
     return Traceable(
-        module=graph.GrowingStep(graph.Decoder(dims)),
+        module=graph.GrowingStep(graph.decoder(checkpoint)),
         arguments=(
             torch.zeros(2, 3, dtype=torch.int64),
             [torch.zeros(2, heads, 5, width) for _ in range(tensors)],
@@ -138,7 +139,7 @@ def _projection(checkpoint: Checkpoint) -> Traceable:
 
     dims = checkpoint.dims
     return Traceable(
-        module=graph.CrossKeysValues(graph.Decoder(dims)),
+        module=graph.CrossKeysValues(graph.decoder(checkpoint)),
         arguments=(torch.zeros(2, dims.n_audio_ctx, dims.d_model),),
         axes=({0: torch.export.Dim("batch", min=1)},),
         inputs={"encoder_hidden_states": ("batch_size", dims.n_audio_ctx, dims.d_model)},

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 NAME = "whisper"  # any will do: the client is told every file
 SUFFIX = {"fp32": "", "int8": ".int8"}
 PRECISIONS = tuple(SUFFIX)
+CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads"))
 # GPT-2's tokenizers write the bytes that are not printable as characters from here on.
 SHIFTED = 256
 PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
@@ -53,7 +54,7 @@ def _encoder(checkpoint: Checkpoint) -> Traceable:
     dims = checkpoint.dims
     cross = (dims.decoder_layers, "n_audio", "T_2", dims.d_model)
     return Traceable(
-        module=graph.EncodeShort(graph.Encoder(dims), graph.Decoder(dims)),
+        module=graph.EncodeShort(graph.encoder(checkpoint), graph.decoder(checkpoint)),
         arguments=(torch.zeros(2, dims.n_mels, 777),),
         # The tracer asks more of a named number of frames than it can prove of any.
         axes=({0: torch.export.Dim("batch", min=1), 2: torch.export.Dim.DYNAMIC},),
@@ -75,7 +76,7 @@ def _decoder(checkpoint: Checkpoint) -> Traceable:
     names = ("tokens", "in_n_layer_self_k_cache", "in_n_layer_self_v_cache", "n_layer_cross_k", "n_layer_cross_v", "offset")
     shapes = (("n_audio", "n_tokens"), cache, cache, cross, cross, (1,))
     return Traceable(
-        module=graph.FixedStep(graph.Decoder(dims)),
+        module=graph.FixedStep(graph.decoder(checkpoint)),
         arguments=(
             torch.zeros(2, 3, dtype=torch.int64),
             *(torch.zeros(layers, 2, dims.n_text_ctx, width) for _ in "kv"),

@@ -34,6 +34,7 @@ STATEFUL = "-stateful"
 # Four bits need the finer palettes that only the newer runtimes have: one palette a tensor costs the carried checkpoint five
 # points of word errors.
 PRECISIONS = ("fp32", "fp16", "int8", "palette6", "fp16-stateful", "int8-stateful", "palette4-stateful")
+CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads"))
 PALETTE_BITS = {"palette6": 6, "palette4": 4}
 # Rows (columns, where their number doesn't divide) of a weight that share a palette, on runtimes that can do that.
 GROUP = 16
@@ -140,8 +141,8 @@ def problems(checkpoint: Checkpoint, precision: str) -> list[str]:
 
 
 def _beyond_half(checkpoint: Checkpoint) -> Iterator[str]:
-    for name in checkpoint.weights.names:
-        largest = float(checkpoint.weights.read(name).abs().max())
+    for name in checkpoint.graph_weights.names:
+        largest = float(checkpoint.graph_weights.read(name).abs().max())
         if largest > LARGEST_FP16:
             yield f"{name} reaches {largest:.3g}, float16 ends at {LARGEST_FP16:g}: use fp32"
 
@@ -157,7 +158,7 @@ def _encoder(checkpoint: Checkpoint) -> Traceable:
 
     dims = checkpoint.dims
     with torch.device("meta"):
-        module = graph.EncodeWithCross(graph.Encoder(dims), graph.Decoder(dims))
+        module = graph.EncodeWithCross(graph.encoder(checkpoint), graph.decoder(checkpoint))
     load_weights(module.encoder, "model.encoder.", checkpoint)
     load_weights(module.decoder, "model.decoder.", checkpoint, r"encoder_attn\.[kv]_proj")
     return Traceable(
@@ -300,7 +301,7 @@ def _decoder(checkpoint: Checkpoint) -> Any:
     from asr_core import graph
 
     with torch.device("meta"):
-        decoder = graph.Decoder(checkpoint.dims)
+        decoder = graph.decoder(checkpoint)
     return load_weights(decoder, "model.decoder.", checkpoint, r"(?!.*encoder_attn\.[kv]_proj)")
 
 
@@ -309,8 +310,8 @@ def load_weights(module: Any, prefix: str, checkpoint: Checkpoint, wanted: str =
 
     The others stay without storage: a graph that uses one cannot be converted.
     """
-    names = [n for n in checkpoint.weights.names if n.startswith(prefix) and re.search(wanted, n[len(prefix) :])]
-    own = {name[len(prefix) :]: checkpoint.weights.read(name).float() for name in names}
+    names = [n for n in checkpoint.graph_weights.names if n.startswith(prefix) and re.search(wanted, n[len(prefix) :])]
+    own = {name[len(prefix) :]: checkpoint.graph_weights.read(name).float() for name in names}
     module.load_state_dict(own, strict=False, assign=True)
     return module
 

@@ -17,6 +17,8 @@ from asr_core.tokens import load_tokenizer
 # CPU, but int8 leaves the small rest (norms, biases, positions) in whatever type the checkpoint was saved in.
 QUANTIZATION = {"fp32": "float32", "fp16": "float16", "int8": "int8_float32"}
 PRECISIONS = tuple(QUANTIZATION)
+# The format knows dense layers only, and quantises weights by its own rule: whoever compressed one gets its values, not its form.
+CARRIES: dict[str, tuple[str, ...]] = {}
 LENT = "<|startoflm|>"
 
 

@@ -19,16 +19,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asr_core.artifact import TensorSpec
 from asr_core.checkpoint import Checkpoint
-from asr_core.dims import EMBEDDING, Dims, expected_shapes
+from asr_core.dims import EMBEDDING, Dims
 from asr_core.errors import ExportError
+from asr_core.graph_weights import GraphWeights
 from asr_core.isolate import Progress
-from asr_core.weights import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from asr_core import graph
 
 PRECISIONS = ("fp32", "fp16")
+CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads"))
 STORED_DTYPES = {"fp32": "float32", "fp16": "float16"}
 POSITIONS = "positions.npy"
 POSITIONS_TENSOR = "model.decoder.embed_positions.weight"
@@ -61,19 +61,19 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
     """
     import numpy as np
 
-    dims, weights = checkpoint.dims, checkpoint.weights
-    _check_values(dims, weights, precision)
+    dims, weights = checkpoint.dims, checkpoint.graph_weights
+    _check_values(weights, precision)
     tensors: list[TensorSpec] = []
     heads = checkpoint.alignment_heads
     for part, build, network in (
         ("encoder", _encoder, _encoder_network(dims)),
-        ("decoder", partial(_decoder, heads=heads), _decoder_network(dims, heads)),
+        ("decoder", _decoder, _decoder_network(dims, heads)),
     ):
         progress(part)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             traced = Path(scratch) / "traced.pt"
             with _refusals(part):
-                _trace(build(dims, weights), network, traced)
+                _trace(build(checkpoint), network, traced)
             gc.collect()
             convert(part, network, traced, folder, precision)
         tensors += network.specs(part)
@@ -82,15 +82,15 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
     return tensors
 
 
-def _check_values(dims: Dims, weights: Weights, precision: str) -> None:
+def _check_values(weights: GraphWeights, precision: str) -> None:
     """Refuse, with every reason at once, tensors that ncnn cannot count or half precision cannot hold."""
     reasons = [
-        f"{name} has {math.prod(shape)} values, of which a layer counts at most {MOST_VALUES}"
-        for name, shape in expected_shapes(dims).items()
-        if math.prod(shape) > MOST_VALUES
+        f"{name} has {math.prod(weights.shape(name))} values, of which a layer counts at most {MOST_VALUES}"
+        for name in weights.names
+        if math.prod(weights.shape(name)) > MOST_VALUES
     ]
     if precision == "fp16":
-        for name in expected_shapes(dims):
+        for name in weights.names:
             largest = max(abs(float(extreme)) for extreme in weights.read(name).aminmax())
             if largest > LARGEST_HALF:
                 reasons.append(f"{name} holds {largest:.6g}, beyond float16's {LARGEST_HALF:.0f}")
@@ -153,7 +153,7 @@ def _keys_values(name: str, rows: int | str, dims: Dims) -> Shapes:
 # --- the graphs
 
 
-def _load(module: nn.Module, prefix: str, weights: Weights) -> None:
+def _load(module: nn.Module, prefix: str, weights: GraphWeights) -> None:
     """Give a module without storage the checkpoint's tensors below ``prefix``."""
     own = {name: weights.read(prefix + name).float() for name in module.state_dict()}
     module.load_state_dict(own, assign=True)
@@ -174,7 +174,7 @@ def _queries(attn: graph.Attention, x: Tensor) -> Tensor:
     return split_heads(attn.q_proj(x), attn.heads)
 
 
-def _encoder(dims: Dims, weights: Weights) -> nn.Module:
+def _encoder(checkpoint: Checkpoint) -> nn.Module:
     """Mel [1, n_mels, 2F] → states [1, F, D], and K and V [1, H, F, E] of every decoder layer's cross-attention."""
     import torch
     from torch import nn
@@ -188,12 +188,12 @@ def _encoder(dims: Dims, weights: Weights) -> nn.Module:
         def __init__(self) -> None:
             super().__init__()
             with torch.device("meta"):
-                self.encoder: Any = graph.Encoder(dims)
-                self.cross: Any = nn.ModuleList(layer.encoder_attn for layer in graph.Decoder(dims).blocks)
-            _load(self.encoder, "model.encoder.", weights)
+                self.encoder: Any = graph.encoder(checkpoint)
+                self.cross: Any = nn.ModuleList(layer.encoder_attn for layer in graph.decoder(checkpoint).blocks)
+            _load(self.encoder, graph.ENCODER, checkpoint.graph_weights)
             for i, attn in enumerate(self.cross):
                 del attn.q_proj, attn.out_proj
-                _load(attn, f"model.decoder.layers.{i}.encoder_attn.", weights)
+                _load(attn, f"{graph.DECODER}layers.{i}.encoder_attn.", checkpoint.graph_weights)
 
         def forward(self, mel: Tensor) -> tuple[Tensor, ...]:
             encoder = self.encoder
@@ -208,7 +208,7 @@ def _encoder(dims: Dims, weights: Weights) -> nn.Module:
     return Encode().eval()
 
 
-def _decoder(dims: Dims, weights: Weights, heads: list[tuple[int, int]]) -> nn.Module:
+def _decoder(checkpoint: Checkpoint) -> nn.Module:
     """Embedded tokens [1, T, D], mask [1, 1, T, P + T], past and cross K/V → logits [1, T, vocab] and the grown past.
 
     And the queries [1, heads, T, E] of the alignment heads, which ncnn computes only for who asks.
@@ -226,12 +226,12 @@ def _decoder(dims: Dims, weights: Weights, heads: list[tuple[int, int]]) -> nn.M
         def __init__(self) -> None:
             super().__init__()
             with torch.device("meta"):
-                self.decoder: Any = graph.Decoder(dims)
-                self.decoder.add_module("embed_tokens", nn.Linear(dims.d_model, dims.vocab, bias=False))
+                self.decoder: Any = graph.decoder(checkpoint)
+                self.decoder.add_module("embed_tokens", nn.Linear(checkpoint.dims.d_model, checkpoint.dims.vocab, bias=False))
             del self.decoder.embed_positions
             for layer in self.decoder.blocks:
                 del layer.encoder_attn.k_proj, layer.encoder_attn.v_proj
-            _load(self.decoder, "model.decoder.", weights)
+            _load(self.decoder, graph.DECODER, checkpoint.graph_weights)
 
         def forward(self, x: Tensor, mask: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
             half = len(caches) // 2
@@ -249,7 +249,7 @@ def _decoder(dims: Dims, weights: Weights, heads: list[tuple[int, int]]) -> nn.M
                 x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
                 present += [k, v]
             logits = self.decoder.embed_tokens(self.decoder.layer_norm(x))
-            return (logits, self.decoder.choose_heads(queries, heads), *present)
+            return (logits, self.decoder.choose_heads(queries, checkpoint.alignment_heads), *present)
 
     return Step().eval()
 

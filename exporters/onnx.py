@@ -11,11 +11,14 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from asr_core.artifact import TensorSpec
 from asr_core.errors import ExportError
+from asr_core.graph_weights import Integers
+from asr_core.integers import GROUP, nearest, packed
 from asr_core.isolate import Progress
 
 if TYPE_CHECKING:
@@ -26,20 +29,26 @@ if TYPE_CHECKING:
 
     from asr_core.checkpoint import Checkpoint
     from asr_core.dims import Dims
-    from asr_core.weights import Weights
+    from asr_core.graph_weights import GraphWeights
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+INTEGERS = {"int8": ("int8",), "int4": ("int8", "int4")}
+CARRIES = {precision: ("factors", "heads", *INTEGERS.get(precision, ())) for precision in PRECISIONS}
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 HEAD = "decoder.embed_tokens.weight"  # the embedding, which is the tied head too
 # Weights that share a scale in MatMulNBits. Large blocks are the fastest, and per-row scales are already accurate at 8 bits.
 BLOCKS = (128, 64, 32, 16)
+# What computes with them. With activations of 8 bits (level 4) one row is multiplied the fastest; with as many rows as an encoder
+# has, they cost accuracy and gain nothing.
+ACCURACY_LEVEL = {"encoder": 0, "decoder": 4}
 # Float32 for the caller in every precision, by the names of all layouts.
 FLOAT_INPUTS = {"mel", "input_features", "encoder_hidden_states"}
 FLOAT_OUTPUTS = {"encoder_states", "last_hidden_state"}
 ROWS = 4096  # rows that are quantised at once: bounds the temporaries
 LARGEST_Q8 = 127  # of signed 8-bit weights
-ZERO_POINT = 128  # of MatMulNBits' unsigned 8-bit weights
+SIGNS = {8: 0x80, 4: 0x88}  # that MatMulNBits' unsigned weights have the other way round, of each byte
+BYTE, FEW = 8, 4  # bits of a code
 
 Shape = Sequence[int | str]
 
@@ -59,7 +68,7 @@ def draft(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, p
     """A graph in its shipped form whose weights have not been read; ``kind`` is what it is like, ``encoder`` or ``decoder``."""
     with _quiet():
         model = _trace(describe, checkpoint, precision)
-        _Rewriter(model.graph, checkpoint.weights, precision).run(kind)
+        _Rewriter(model.graph, checkpoint.graph_weights, precision).run(kind)
     return model
 
 
@@ -94,7 +103,7 @@ def _encoder(checkpoint: Checkpoint) -> Traceable:
 
     dims = checkpoint.dims
     return Traceable(
-        module=graph.EncodeWithCross(graph.Encoder(dims), graph.Decoder(dims)),
+        module=graph.EncodeWithCross(graph.encoder(checkpoint), graph.decoder(checkpoint)),
         arguments=(torch.zeros(2, dims.n_mels, 2 * dims.n_audio_ctx),),
         axes=({0: torch.export.Dim("batch", min=1)},),
         inputs={"mel": ("batch", dims.n_mels, 2 * dims.n_audio_ctx)},
@@ -114,7 +123,7 @@ def _decoder(checkpoint: Checkpoint) -> Traceable:
     tensors = 2 * dims.decoder_layers
     heads, width = dims.decoder_heads, dims.head_dim
     return Traceable(
-        module=graph.DynamicStep(graph.Decoder(dims), alignment_heads),
+        module=graph.DynamicStep(graph.decoder(checkpoint), alignment_heads),
         arguments=(
             torch.zeros(2, 3, dtype=torch.int64),
             [torch.zeros(5, 2, heads, width) for _ in range(tensors)],
@@ -181,7 +190,7 @@ def _quiet() -> Iterator[None]:
 class _Rewriter:
     """Turns the traced graph into the shipped one, and its initializers into lazy readers of the checkpoint."""
 
-    def __init__(self, graph: ir.Graph, weights: Weights, precision: str) -> None:
+    def __init__(self, graph: ir.Graph, weights: GraphWeights, precision: str) -> None:
         self.graph = graph
         self.weights = weights
         self.precision = precision
@@ -200,6 +209,8 @@ class _Rewriter:
             self._rewrite_linear(node, name)
         if self.precision == "fp16":
             self._float_boundary()
+        if self.precision == "int4":
+            self._narrow_others()
 
     def _nodes(self, op_type: str) -> list[ir.Node]:
         return [node for node in self.graph if node.op_type == op_type]
@@ -268,7 +279,7 @@ class _Rewriter:
             return
         weight = transpose.inputs[0]
         n, k = weight.shape
-        if self.precision == "int8":
+        if self.precision in INTEGERS:
             self._quantise_linear(node, weight, graph_name)
         elif weight.name == HEAD:
             # Stored once: the runtime folds the transposition when it loads the model.
@@ -278,6 +289,24 @@ class _Rewriter:
             name = weight.name
             columns = self._initializer(f"{name}.T", weight.dtype, (k, n), lambda: self._read(name).T)
             node.replace_input_with(1, columns)
+
+    def _narrow_others(self) -> None:
+        """Store convolutions and positions as float16, which the runtime widens when it loads the model."""
+        import onnx_ir as ir
+
+        for value in [one for one in self.graph.initializers.values() if one.dtype == ir.DataType.FLOAT and len(one.shape) > 1]:
+            readers = list(value.uses())
+            if not readers or value.name.endswith(".scales"):
+                continue
+            halves = self._initializer(
+                f"{value.name}.float16", ir.DataType.FLOAT16, value.shape, partial(self._halves, value.name)
+            )
+            widened = self._insert(self.graph[0], "Cast", [halves], to=ir.DataType.FLOAT)
+            for node, index in readers:
+                node.replace_input_with(index, widened)
+
+    def _halves(self, name: str) -> NDArray[np.float16]:
+        return self._read(name).astype("float16")
 
     def _float_head(self, node: ir.Node) -> None:
         """Logits in float32: float16 resolves numbers above 16 only to 1/64, which makes equals of close candidates."""
@@ -291,57 +320,100 @@ class _Rewriter:
         (consumer, *others) = [*_consumers(node), None]
         if consumer is not None and others == [None] and consumer.op_type == "Add" and consumer.inputs[1].is_initializer():
             last, bias = consumer, consumer.inputs[1]
-        make = self._dynamic_int8 if graph_name == "encoder" else self._blockwise_int8
-        _replace(last.outputs[0], make(last, node.inputs[0], weight, bias))
+        packing = self._packing(weight, graph_name)
+        if graph_name == "encoder" and packing.bits == BYTE and packing.groups == 1:
+            product = self._dynamic_int8(last, node.inputs[0], weight, packing, bias)
+        else:
+            product = self._blockwise(last, node.inputs[0], weight, packing, bias, ACCURACY_LEVEL[graph_name])
+        _replace(last.outputs[0], product)
         if weight.name == HEAD:
-            self._quantise_embedding(weight)
+            self._quantise_embedding(weight, packing)
 
-    def _dynamic_int8(self, before: ir.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+    def _packing(self, weight: ir.Value, graph_name: str) -> Packing:
+        """How a weight is stored: as the integers that the checkpoint's record has, where the runtime has a form for them."""
+        k = weight.shape[1]
+        recorded = self.weights.integers(f"model.{weight.name}")
+        if recorded is not None and (recorded.bits == BYTE or self.precision == "int4"):
+            groups = recorded.scales.shape[1]
+            if groups == 1 or _block(k // groups):
+                halves = recorded.scales.half().float().equal(recorded.scales)
+                return Packing(max(recorded.bits, FEW), _block(k // groups) or BLOCKS[-1], groups, halves=halves, recorded=True)
+        if self.precision == "int4":
+            return Packing(FEW, BLOCKS[-1] if k % GROUP else GROUP, 1 if k % GROUP else k // GROUP, halves=True)
+        block = _block(k)
+        return Packing(BYTE, block or BLOCKS[-1], k // block if block and graph_name == "decoder" else 1)
+
+    def _dynamic_int8(self, before: ir.Node, x: ir.Value, weight: ir.Value, packing: Packing, bias: ir.Value | None) -> ir.Value:
         """8-bit activations and weights, one scale a column: the fastest for many rows at once."""
         import onnx_ir as ir
 
         (n, k), name = weight.shape, weight.name
-        q8 = self._initializer(f"{name}.T_int8", ir.DataType.INT8, (k, n), lambda: self._quantised(name, k)[0][:, 0].T)
-        scale = self._initializer(f"{name}.scale", ir.DataType.FLOAT, (n,), lambda: self._quantised(name, k)[1][:, 0])
+
+        def codes() -> NDArray[np.int8]:
+            return self._integers(name, packing).codes.T.numpy()
+
+        def scales() -> NDArray[np.float32]:
+            return self._integers(name, packing).scales[:, 0].numpy()
+
+        q8 = self._initializer(f"{name}.T_int8", ir.DataType.INT8, (k, n), codes)
+        scale = self._initializer(f"{name}.scale", ir.DataType.FLOAT, (n,), scales)
         return self._insert(before, "DynamicQuantizeMatMul", [x, q8, scale, None, bias], CONTRIB)
 
-    def _blockwise_int8(self, before: ir.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
-        """8-bit weights with a scale a block, activations quantised on the fly (accuracy level 4): the fastest for one row."""
+    def _blockwise(
+        self, before: ir.Node, x: ir.Value, weight: ir.Value, packing: Packing, bias: ir.Value | None, accuracy_level: int
+    ) -> ir.Value:
+        """Weights of 8 or 4 bits with a scale a block."""
         n, k = weight.shape
-        q8, scales = self._blocks(weight)
-        attributes = {"N": n, "K": k, "bits": 8, "block_size": q8.shape[2], "accuracy_level": 4}
-        return self._insert(before, "MatMulNBits", [x, q8, scales, None, None, bias], CONTRIB, **attributes)
+        packed, scales = self._blocks(before, weight, packing)
+        attributes = {"N": n, "K": k, "bits": packing.bits, "block_size": packing.block, "accuracy_level": accuracy_level}
+        return self._insert(before, "MatMulNBits", [x, packed, scales, None, None, bias], CONTRIB, **attributes)
 
-    def _quantise_embedding(self, weight: ir.Value) -> None:
-        """Look tokens up in the head's own 8-bit table."""
+    def _quantise_embedding(self, weight: ir.Value, packing: Packing) -> None:
+        """Look tokens up in the head's own table."""
+        if weight.shape[1] % packing.block:
+            raise ExportError(f"model.{weight.name} has rows of {weight.shape[1]}; the runtime needs a multiple of {BLOCKS[-1]}.")
         gather = next(node for node in weight.consumers() if node.op_type == "Gather")
-        q8, scales = self._blocks(weight)
-        table = self._insert(gather, "Reshape", [q8, self._insert(gather, "Constant", [], value_ints=list(weight.shape))])
-        attributes = {"bits": 8, "block_size": q8.shape[2], "gather_axis": 0, "quantize_axis": 1}
+        packed, scales = self._blocks(gather, weight, packing)
+        shape = [weight.shape[0], weight.shape[1] * packing.bits // BYTE]
+        table = self._insert(gather, "Reshape", [packed, self._insert(gather, "Constant", [], value_ints=shape)])
+        attributes = {"bits": packing.bits, "block_size": packing.block, "gather_axis": 0, "quantize_axis": 1}
         inputs = [table, gather.inputs[1], scales]
         _replace(gather.outputs[0], self._insert(gather, "GatherBlockQuantized", inputs, CONTRIB, **attributes))
 
-    def _blocks(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Unsigned 8-bit weight [N, K / block, block] and its scales [N, K / block]."""
-        import numpy as np
+    def _blocks(self, before: ir.Node, weight: ir.Value, packing: Packing) -> tuple[ir.Value, ir.Value]:
+        """Unsigned weight [N, blocks, bytes of a block], filled up with zeros, and its scales [N, blocks]."""
         import onnx_ir as ir
+        from torch.nn import functional as F
 
-        (n, k), name = weight.shape, weight.name
-        block = next((block for block in BLOCKS if k % block == 0), None)
-        if block is None:
-            raise ExportError(f"model.{name} has rows of {k}; 8-bit blocks need a multiple of {BLOCKS[-1]}.")
+        (n, k), name, block = weight.shape, weight.name, packing.block
+        count = -(-k // block)
+        shape = (n, count, block * packing.bits // BYTE)
 
         def unsigned() -> NDArray[np.uint8]:
-            return self._quantised(name, block)[0].view(np.uint8) ^ np.uint8(ZERO_POINT)
+            codes = F.pad(self._integers(name, packing).codes, (0, count * block - k))
+            made: NDArray[np.uint8] = packed(codes) if packing.bits == FEW else codes.numpy().view("uint8")
+            return (made ^ made.dtype.type(SIGNS[packing.bits])).reshape(shape)
 
-        def scales() -> NDArray[np.float32]:
-            return self._quantised(name, block)[1]
+        def scales() -> NDArray[np.floating[Any]]:
+            spread = self._integers(name, packing).scales.repeat_interleave(count // packing.groups, 1)
+            return (spread.half() if packing.halves else spread).numpy()
 
-        q8 = self._initializer(f"{name}.uint8", ir.DataType.UINT8, (n, k // block, block), unsigned)
-        return q8, self._initializer(f"{name}.scales", ir.DataType.FLOAT, (n, k // block), scales)
+        quantised = self._initializer(f"{name}.uint{packing.bits}", ir.DataType.UINT8, shape, unsigned)
+        dtype = ir.DataType.FLOAT16 if packing.halves else ir.DataType.FLOAT
+        stored = self._initializer(f"{name}.scales", dtype, (n, count), scales)
+        return quantised, self._insert(before, "Cast", [stored], to=ir.DataType.FLOAT) if packing.halves else stored
 
-    def _quantised(self, name: str, block: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        return quantise(self.weights.read(f"model.{name}"), block)
+    def _integers(self, name: str, packing: Packing) -> Integers:
+        """A weight as integers: the record's, or rounded to the nearest."""
+        import torch
+
+        full = f"model.{name}"
+        if packing.recorded and (recorded := self.weights.integers(full)):
+            return recorded
+        rounded = nearest if packing.bits == FEW else partial(nearest_int8, groups=packing.groups)
+        made = [rounded(rows.float()) for rows in self.weights.read(full).split(ROWS)]
+        codes, scales = (torch.cat([getattr(one, part) for one in made]) for part in ("codes", "scales"))
+        return Integers(codes, scales, packing.bits)
 
     def _float_boundary(self) -> None:
         """Spectrogram, states and logits stay float32 for the caller; the caches are float16, as the graph is."""
@@ -364,19 +436,33 @@ class _Rewriter:
                 self.graph.outputs[index] = states
 
 
-def quantise(weight: torch.Tensor, block: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Float [N, K] → int8 [N, K / block, block] and scales [N, K / block]: symmetric, nearest."""
-    import numpy as np
+@dataclass(frozen=True)
+class Packing:
+    """How a linear layer's weight is stored: bits of a code, neighbours in a row that the runtime gives a scale, scales of a row.
 
-    n, k = weight.shape
-    quantised = np.empty((n, k // block, block), np.int8)
-    scales = np.empty((n, k // block), np.float32)
-    for start in range(0, n, ROWS):
-        rows = weight[start : start + ROWS].float().numpy().reshape(-1, k // block, block)
-        scale = np.maximum(np.abs(rows).max(axis=2) / LARGEST_Q8, np.finfo(np.float32).tiny)
-        quantised[start : start + ROWS] = np.rint(rows / scale[..., None])
-        scales[start : start + ROWS] = scale
-    return quantised, scales
+    Where there are fewer scales than blocks, blocks repeat them. ``halves``: float16 holds the scales. ``recorded``: codes and
+    scales are those of the checkpoint's record, else they are made here.
+    """
+
+    bits: int
+    block: int
+    groups: int
+    halves: bool = False
+    recorded: bool = False
+
+
+def _block(group: int) -> int | None:
+    """The largest block that divides a group."""
+    return next((block for block in BLOCKS if group % block == 0), None)
+
+
+def nearest_int8(weight: torch.Tensor, groups: int) -> Integers:
+    """Round float32 [N, K] to codes of 8 bits, with so many scales a row."""
+    import torch
+
+    values = weight.reshape(len(weight), groups, -1)
+    scales = (values.abs().amax(2) / LARGEST_Q8).clamp(min=torch.finfo(torch.float32).tiny)
+    return Integers((values / scales[..., None]).round().char().reshape(weight.shape), scales, BYTE)
 
 
 def _lazy(name: str, dtype: ir.DataType, shape: ir.Shape, read: Callable[[], NDArray[Any]]) -> ir.LazyTensor:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PRECISIONS = ("fp32", "fp16", "int8")
+CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads"))
 ENCODER = "openvino_encoder_model"
 DECODER = "openvino_decoder_model"
 TOKENIZER = "openvino_tokenizer"
@@ -83,8 +84,8 @@ def _quiet() -> Iterator[None]:
 
 def _load(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> nn.Module:
     """Give a module without storage the checkpoint's tensors below ``prefix``, and only those are read."""
-    names = [name for name in checkpoint.weights.names if name.startswith(prefix)]
-    own = {name[len(prefix) :]: checkpoint.weights.read(name).float() for name in names}
+    names = [name for name in checkpoint.graph_weights.names if name.startswith(prefix)]
+    own = {name[len(prefix) :]: checkpoint.graph_weights.read(name).float() for name in names}
     module.load_state_dict(own, strict=True, assign=True)
     return module.eval().requires_grad_(requires_grad=False)
 
@@ -97,7 +98,7 @@ def _encoder(checkpoint: Checkpoint) -> Any:
 
     dims = checkpoint.dims
     with torch.device("meta"):
-        encoder = graph.Encoder(dims)
+        encoder = graph.encoder(checkpoint)
     mel = torch.zeros(TRACED_BATCH, dims.n_mels, 2 * dims.n_audio_ctx)
     model = _convert(_load(encoder, ENCODER_PREFIX, checkpoint), (mel,), ({0: torch.export.Dim.DYNAMIC},))
     _name(model.inputs, ["input_features"])
@@ -117,7 +118,7 @@ def _decoder(checkpoint: Checkpoint) -> Any:
 
     dims = checkpoint.dims
     with torch.device("meta"):
-        decoder = graph.Decoder(dims)
+        decoder = graph.decoder(checkpoint)
     step = _stateless_step(_load(decoder, DECODER_PREFIX, checkpoint), checkpoint.alignment_heads)
     count, window = 2 * dims.decoder_layers, (dims.n_audio_ctx, dims.head_dim)
     example = (

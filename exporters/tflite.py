@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from asr_core import graph
 
 PRECISIONS = ("fp32", "fp16", "int8")
+CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads"))
 MODEL = "model.tflite"
 FLOAT_MODEL = "float32.tflite"
 BYTES_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 1}
@@ -97,7 +98,7 @@ def _convert(checkpoint: Checkpoint, file: Path) -> None:
 
     dims = checkpoint.dims
     with torch.device("meta"):
-        encoder, decoder = graph.Encoder(dims), graph.Decoder(dims)
+        encoder, decoder = graph.encoder(checkpoint), graph.decoder(checkpoint)
     _load(encoder, "model.encoder.", checkpoint)
     _load(decoder, "model.decoder.", checkpoint)
     modules = {name: _step(decoder, count, checkpoint.alignment_heads) for name, count in STEPS.items()}
@@ -112,8 +113,8 @@ def _convert(checkpoint: Checkpoint, file: Path) -> None:
 
 def _load(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
     """Give a module without storage the checkpoint's tensors below ``prefix``."""
-    names = [name for name in checkpoint.weights.names if name.startswith(prefix)]
-    own = {name[len(prefix) :]: checkpoint.weights.read(name).float() for name in names}
+    names = [name for name in checkpoint.graph_weights.names if name.startswith(prefix)]
+    own = {name[len(prefix) :]: checkpoint.graph_weights.read(name).float() for name in names}
     module.load_state_dict(own, strict=True, assign=True)
     module.eval().requires_grad_(requires_grad=False)
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from asr_core import audio
 from asr_core.errors import AudioError, UsageError
@@ -65,9 +66,19 @@ def prepare(utterances: list[Utterance], n_mels: int, folder: Path) -> list[Utte
             raise AudioError(f"{utterance.path}: {error}") from None
         known.append(replace(utterance, duration=len(samples) / audio.SAMPLE_RATE))
     mels.flush()
-    rows = [asdict(utterance) | {"path": str(utterance.path)} for utterance in known]
-    (folder / UTTERANCES).write_text(json.dumps(rows), encoding="utf-8")
+    _list(folder, known)
     return known
+
+
+def store(folder: Path, mels: NDArray[np.float32], utterances: list[Utterance]) -> None:
+    """Write some prepared utterances and their features, float32 [N, n_mels, 3000], below another folder."""
+    np.save(folder / MELS, mels)
+    _list(folder, utterances)
+
+
+def _list(folder: Path, utterances: list[Utterance]) -> None:
+    rows = [asdict(utterance) | {"path": str(utterance.path)} for utterance in utterances]
+    (folder / UTTERANCES).write_text(json.dumps(rows), encoding="utf-8")
 
 
 def prepared(folder: Path) -> list[Utterance]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -47,51 +48,122 @@ def measure(
     whether its time is that of the runtime; and, where ``level`` is given, what came out of the failure classes and of
     :mod:`parity.modes`.
     """
-    mels = np.load(Path(work) / data.MELS, mmap_mode="r")
-    utterances = data.prepared(Path(work))
-    policies = [DecodeOptions(language=one.language, max_new_tokens=max_new_tokens) for one in utterances]
-    source = Path(path)
-    size_mb = _checkpoint_mb(source) if reference is None else Artifact.open(source).size_mb
-    started = time.perf_counter()
-    runner = open_runner(target, source, threads)
-    load_s = time.perf_counter() - started
-    runner.generate(np.array(mels[:1]), policies[0])  # warm-up: allocations and lazy compilation are not the speed
-    tokenizer = load_tokenizer(source)
-    with (Path(folder) / DECODED).open("w", encoding="utf-8") as stream:
-        for i, (mel, options) in enumerate(zip(mels, policies, strict=True)):
-            if reference is None:
-                decoded, margins = with_margins(runner, np.array(mel[None]), options)
-                extra = {"margins": margins}
-            else:
-                decoded, extra = runner.generate(np.array(mel[None]), options)[0], {}
-            print(json.dumps(asdict(decoded) | {"text": text_of(tokenizer, decoded.tokens)} | extra), file=stream)
-            progress(f"{i + 1}/{len(mels)}")
-    forced = read_decoded(Path(reference or folder))
+    opened = _Opened(target, Path(path), threads, Path(work), max_new_tokens)
+    opened.decode(Path(work), Path(folder), progress)
     progress("probes")
-    for i in probes:
-        prompt = runner.tokens.prompt(policies[i].language)
-        _score(runner, np.array(mels[i : i + 1]), prompt, forced[i]["tokens"], weights_file(Path(folder), i))
-    costs = _costs(runner, load_s, size_mb)
+    tokens = [one["tokens"] for one in read_decoded(Path(reference or folder))]
+    forced = {i: tokens[i] for i in probes}
+    opened.score(Path(work), Path(folder), forced)
+    costs = opened.costs()
     if level:
-        progress("failure classes")
-        # One thread where there were several, two where there was one.
-        reopened = partial(open_runner, target, source, 2 if threads == 1 else 1)
-        costs["suite"] = suite.run(runner, Path(work), level, reopened, margins=reference is None)
-        progress("timestamps, beams, words, long form")
-        costs["modes"] = modes.run(runner, source, Path(work), probes, [forced[i]["tokens"] for i in probes], level)
-    runner.close()
+        costs |= opened.cases(Path(work), forced, level, progress)
+    opened.runner.close()
     return costs
 
 
-def _costs(runner: Runner, load_s: float, size_mb: float) -> dict[str, Any]:
-    return {
-        "decoder": runner.decoder,
-        "timed": runner.timed,
-        "timing_needs": runner.timing_needs,
-        "load_s": load_s,
-        "peak_rss_mb": isolate.peak_rss_mb(),
-        "size_mb": size_mb,
-    }
+def measure_part(
+    target: str,
+    path: str,
+    work: str,
+    folder: str,
+    probes: list[int],
+    forced: list[list[int]] | None,
+    threads: int,
+    max_new_tokens: int | None,
+    level: suite.Level | None,
+    progress: isolate.Progress,
+) -> dict[str, Any]:
+    """A share of :func:`measure`'s work, over the utterances that lie in ``work``; the model stays open for the next share.
+
+    Without ``level``: the utterances, decoded and scored; with it, the failure classes and the modes of transcription.
+    ``forced`` are PyTorch's tokens of each probe; None for PyTorch itself, which forces its own.
+    """
+    key = (target, path, threads, max_new_tokens)
+    if key not in _kept:
+        _kept[key] = _Opened(target, Path(path), threads, Path(work), max_new_tokens)
+    opened = _kept[key]
+    if level is None:
+        opened.decode(Path(work), Path(folder), progress)
+    if forced is None:
+        own = read_decoded(Path(folder))
+        forced = [own[i]["tokens"] for i in probes]
+    tokens = dict(zip(probes, forced, strict=True))
+    if level is not None:
+        return opened.cases(Path(work), tokens, level, progress)
+    opened.score(Path(work), Path(folder), tokens)
+    return opened.costs()
+
+
+class _Opened:
+    """A runner that has warmed up, and what is done with it."""
+
+    def __init__(self, target: str, source: Path, threads: int, work: Path, max_new_tokens: int | None) -> None:
+        self.target, self.source, self.threads, self.max_new_tokens = target, source, threads, max_new_tokens
+        self.size_mb = _checkpoint_mb(source) if self.is_reference else Artifact.open(source).size_mb
+        started = time.perf_counter()
+        self.runner = open_runner(target, source, threads)
+        self.load_s = time.perf_counter() - started
+        # Allocations and lazy compilation are not the speed.
+        mels = np.load(work / data.MELS, mmap_mode="r")
+        self.runner.generate(np.array(mels[:1]), self._policies(work)[0])
+        self.tokenizer = load_tokenizer(source)
+
+    @property
+    def is_reference(self) -> bool:
+        return self.target == REFERENCE
+
+    def _policies(self, work: Path) -> list[DecodeOptions]:
+        return [DecodeOptions(language=one.language, max_new_tokens=self.max_new_tokens) for one in data.prepared(work)]
+
+    def decode(self, work: Path, folder: Path, progress: isolate.Progress) -> None:
+        """Decode every utterance into ``decoded.jsonl``."""
+        mels = np.load(work / data.MELS, mmap_mode="r")
+        with (folder / DECODED).open("w", encoding="utf-8") as stream:
+            for i, (mel, options) in enumerate(zip(mels, self._policies(work), strict=True)):
+                if self.is_reference:
+                    decoded, margins = with_margins(self.runner, np.array(mel[None]), options)
+                    extra = {"margins": margins}
+                else:
+                    decoded, extra = self.runner.generate(np.array(mel[None]), options)[0], {}
+                print(json.dumps(asdict(decoded) | {"text": text_of(self.tokenizer, decoded.tokens)} | extra), file=stream)
+                progress(f"{i + 1}/{len(mels)}")
+
+    def score(self, work: Path, folder: Path, forced: Mapping[int, list[int]]) -> None:
+        """Force tokens on some utterances, into ``weights-<i>.npz``."""
+        mels, policies = np.load(work / data.MELS, mmap_mode="r"), self._policies(work)
+        for i, tokens in forced.items():
+            prompt = self.runner.tokens.prompt(policies[i].language)
+            _score(self.runner, np.array(mels[i : i + 1]), prompt, tokens, weights_file(folder, i))
+
+    def cases(
+        self, work: Path, forced: Mapping[int, list[int]], level: suite.Level, progress: isolate.Progress
+    ) -> dict[str, Any]:
+        """What comes out of the failure classes and of the modes of transcription."""
+        progress("failure classes")
+        # One thread where there were several, two where there was one.
+        reopened = partial(open_runner, self.target, self.source, 2 if self.threads == 1 else 1)
+        found = suite.run(self.runner, work, level, reopened, margins=self.is_reference)
+        progress("timestamps, beams, words, long form")
+        probes = list(forced)
+        return {
+            "suite": found,
+            "modes": modes.run(self.runner, self.source, work, probes, [forced[i] for i in probes], level),
+        }
+
+    def costs(self) -> dict[str, Any]:
+        """What the runner is, and what it took so far."""
+        return {
+            "decoder": self.runner.decoder,
+            "timed": self.runner.timed,
+            "timing_needs": self.runner.timing_needs,
+            "load_s": self.load_s,
+            "peak_rss_mb": isolate.peak_rss_mb(),
+            "size_mb": self.size_mb,
+        }
+
+
+# The one model of this process that stays open from one share to the next.
+_kept: dict[tuple[Any, ...], _Opened] = {}
 
 
 def read_decoded(folder: Path) -> list[dict[str, Any]]:

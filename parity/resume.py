@@ -26,6 +26,7 @@ from asr_core.isolate import Outcome
 
 DONE = "measured.json"
 LOCK = "lock"
+SHARE = "share"  # where the workers of a fleet on this machine leave finished parts of measurements
 # A machine may be another one tomorrow (load, updates): a run that was left for longer is measured anew.
 MAX_AGE_S = 24 * 3600.0
 
@@ -44,7 +45,7 @@ class Kept:
 
     def measured(self, folder: Path, path: Path, measure: Callable[[], Outcome]) -> Outcome:
         """The measurement of the model at ``path`` in ``folder``: the finished one, or a new one by ``measure``."""
-        key = _sha256(self._base, _seal(path))
+        key = sha256(self._base, seal(path))
         record = self._read(folder, key)
         if record is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -57,6 +58,10 @@ class Kept:
             self.resumed.append(folder.name)
         self._base = self._base or record["id"]
         return Outcome(**record["outcome"])
+
+    def has(self, folder: Path, path: Path) -> bool:
+        """Whether the measurement of the model at ``path`` is finished."""
+        return self._read(folder, sha256(self._base, seal(path))) is not None
 
     def _read(self, folder: Path, key: str) -> dict[str, Any] | None:
         try:
@@ -74,7 +79,7 @@ def work_folder(parent: Path, inputs: dict[str, Any], *, fresh: bool) -> Iterato
     Removed at the end unless an exception interrupts; so are folders that no process uses and nobody took up in time.
     ``fresh`` drops what an earlier process left. Raises :class:`BlockingIOError` where another process is using it.
     """
-    folder = parent / _sha256(json.dumps(inputs, sort_keys=True))[:16]
+    folder = parent / sha256(json.dumps(inputs, sort_keys=True))[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,13 +97,13 @@ def code_version() -> str:
     """SHA-256 of the sources that measure."""
     root = Path(__file__).parents[1]
     sources = (file for package in ("asr_core", "parity", "runners") for file in sorted((root / package).glob("*.py")))
-    return _sha256(*(hashlib.sha256(file.read_bytes()).hexdigest() for file in sources))
+    return sha256(*(hashlib.sha256(file.read_bytes()).hexdigest() for file in sources))
 
 
-def _seal(path: Path) -> str:
+def seal(path: Path) -> str:
     """What changes when an artifact changes: its manifest names every file's checksum. A checkpoint has its fingerprint."""
     manifest = path / MANIFEST
-    return _sha256(manifest.read_bytes()) if manifest.exists() else str(path)
+    return sha256(manifest.read_bytes()) if manifest.exists() else str(path)
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
@@ -116,7 +121,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 def _tidy(folder: Path, *, fresh: bool) -> None:
     """Leave only finished measurements in a folder that an earlier process may have been killed in; none where ``fresh``."""
     for entry in folder.iterdir():
-        if entry.is_dir() and (fresh or not (entry / DONE).exists()):
+        if entry.is_dir() and (fresh or not ((entry / DONE).exists() or entry.name == SHARE)):
             shutil.rmtree(entry)
         elif not entry.is_dir() and entry.name != LOCK:
             entry.unlink()
@@ -140,7 +145,8 @@ def _age(folder: Path) -> float:
     return time.time() - min(finished, default=folder.stat().st_mtime)
 
 
-def _sha256(*parts: str | bytes) -> str:
+def sha256(*parts: str | bytes) -> str:
+    """Hexadecimal SHA-256 over the parts, each in its own bounds."""
     total = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from asr_core import artifact, isolate, registry
+from asr_core import artifact
 from asr_core.artifact import MANIFEST, Artifact
 from asr_core.build import FAILED, FAILED_REASON, PARTIAL, REPLACED
 from asr_core.checkpoint import Checkpoint
@@ -18,6 +20,7 @@ from asr_core.tokens import TokenIds
 from parity import calibration, compare, data, measure, modes, statistics, suite, weights, witness
 from parity.calibration import Calibration
 from parity.compare import Normalise, Row
+from parity.measurers import Alone, Measurer, Request
 from parity.resume import Kept
 
 # Probes for the weights axis: enough to meet short, long and noisy clips, few enough to keep their logits on disk.
@@ -35,9 +38,10 @@ class Session:
     ``gates`` names the set of bounds that judges (:func:`parity.compare.thresholds`); with ``parity``, the reference's own
     noise is measured too and bounds are derived from it. ``context`` holds what the report says beside the rows: the decode
     policy of every free-running figure, how the derived bounds came about, and what the intervals are. ``backends_s`` adds up
-    the seconds that backends took to load and infer, without the start of their processes. ``progress`` is told
-    the row's name and its stage. ``level`` is the extent of the failure-class suite, which belongs to ``parity`` alone; with
-    ``full`` the ecosystems' own clients testify too.
+    the seconds that backends took to load and infer, without the start of their processes; ``features_s`` are those of the
+    features. ``progress`` is told the row's name and its stage. ``level`` is the extent of the failure-class suite, which
+    belongs to ``parity`` alone; with ``full`` the ecosystems' own clients testify too. ``measurer`` is who measures, this
+    machine alone or a fleet.
     """
 
     checkpoint: Checkpoint
@@ -47,12 +51,14 @@ class Session:
     max_new_tokens: int | None = None
     gates: str = "parity"
     level: suite.Level = "quick"
+    measurer: Measurer = field(default_factory=Alone)
     progress: Progress = lambda name, stage: None
     reference_costs: dict[str, Any] = field(default_factory=dict)
     reference_seconds: float = 0.0
     calibration: Calibration | None = None
     context: dict[str, Any] = field(default_factory=dict)
     backends_s: float = 0.0
+    features_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.kept = Kept(self.work)
@@ -65,7 +71,9 @@ class Session:
     def prepare(self) -> Row:
         """Compute the features and measure PyTorch; returns its row. Raises :class:`GateError` where PyTorch itself fails."""
         self.progress(measure.REFERENCE, "features")
+        started = time.perf_counter()
         self.utterances = data.prepare(self.utterances, self.checkpoint.dims.n_mels, self.work)
+        self.features_s = time.perf_counter() - started
         if self.gates == "parity":
             suite.prepare(self.utterances, self.checkpoint.dims.n_mels, self.work)
             modes.prepare(self.utterances, self.work)
@@ -90,6 +98,18 @@ class Session:
         row = self._row(measure.REFERENCE, "fp32", self.reference, self.reference_costs)
         return self._through_modes(row, self.reference_costs["modes"]) if self.gates == "parity" else row
 
+    def expect(self, paths: Iterable[Path]) -> None:
+        """Let the measuring of artifact folders begin that :meth:`judge` will be asked about."""
+        self.measurer.expect(self._expected(paths), self._timeout())
+
+    def _expected(self, paths: Iterable[Path]) -> Iterator[Request]:
+        for path in paths:
+            with suppress(ArtifactError, UnavailableError):  # becomes its row
+                self._check(opened := Artifact.open(path))
+                folder = self.work / opened.name
+                if not self.kept.has(folder, path):
+                    yield self._request(opened.manifest.target, path, folder)
+
     def judge(self, path: Path) -> Row:
         """Measure one artifact folder and compare it; whatever happens to it becomes its row, never an exception."""
         target, precision = _name_of(path)
@@ -111,6 +131,14 @@ class Session:
         if self.gates != "parity":
             return row
         return self._through_modes(self._through_suite(row, outcome.result["suite"]), outcome.result["modes"])
+
+    def judge_checkpoint(self, path: Path, name: str) -> Row:
+        """Measure another checkpoint with PyTorch, one that was made from this session's; ``name`` stands for its precision."""
+        folder = self.work / f"{measure.REFERENCE}-{name}"
+        outcome = self._measure(measure.REFERENCE, path, folder)
+        if outcome.status != "ok":
+            return Row(measure.REFERENCE, name, "crashed" if outcome.status == "error" else outcome.status, outcome.reason)
+        return self._row(measure.REFERENCE, name, folder, outcome.result)
 
     def testimony(self, row: Row, path: Path) -> list[Row]:
         """The rows of the target's production clients over a measured artifact; none where it has none, or nobody asked."""
@@ -167,31 +195,29 @@ class Session:
     def _check(self, opened: Artifact) -> None:
         if opened.manifest.fingerprint != self.checkpoint.fingerprint:
             raise ArtifactError(f"{opened.path} was made from other weights than {self.checkpoint.path}. Export again.")
-        registry.require(opened.manifest.target)
+        self.measurer.require(opened.manifest.target)
 
     def _measure(self, target: str, path: Path, folder: Path) -> Outcome:
         return self.kept.measured(folder, path, lambda: self._measure_anew(target, path, folder))
 
     def _measure_anew(self, target: str, path: Path, folder: Path) -> Outcome:
-        outcome = isolate.run(
-            "parity.measure:measure",
-            {
-                "target": target,
-                "path": str(path),
-                "work": str(self.work),
-                "folder": str(folder),
-                "reference": None if target == measure.REFERENCE else str(self.reference),
-                "probes": self._probes(),
-                "threads": self.threads,
-                "max_new_tokens": self.max_new_tokens,
-                "level": self.level if self.gates == "parity" else None,
-            },
-            progress=lambda stage: self.progress(folder.name, stage),
-            threads=self.threads,
-            timeout=self._timeout(),
-        )
+        request = self._request(target, path, folder)
+        outcome = self.measurer.measure(request, lambda stage: self.progress(folder.name, stage), self._timeout())
         self.backends_s += outcome.own_s
         return outcome
+
+    def _request(self, target: str, path: Path, folder: Path) -> Request:
+        return Request(
+            target=target,
+            path=path,
+            work=self.work,
+            folder=folder,
+            reference=None if folder == self.reference else self.reference,
+            probes=tuple(self._probes()),
+            threads=self.threads,
+            max_new_tokens=self.max_new_tokens,
+            level=self.level if self.gates == "parity" else None,
+        )
 
     def _row(self, target: str, precision: str, folder: Path, measured: dict[str, Any]) -> Row:
         probes = weights.compare_probes(self.reference, folder)

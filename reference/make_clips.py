@@ -91,6 +91,17 @@ def clips(seed: int = SEED, *, held_out: bool = True) -> Iterator[Clip]:
     yield Clip("es-noise", "es", noise(random, 4 * SAMPLE_RATE) * np.float32(0.003))
 
 
+def write(out: Path, seed: int = SEED, *, held_out: bool = True) -> int:
+    """Write the clips as FLAC with their manifest, ``manifest.jsonl``; returns how many."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for clip in clips(seed, held_out=held_out):
+        soundfile.write(out / f"{clip.name}.flac", clip.audio, SAMPLE_RATE, subtype="PCM_16")
+        lines.append(json.dumps(clip.entry(), ensure_ascii=False))
+    (out / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(lines)
+
+
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the clips.  [default: that of the carried ones]")
 @click.option("--trained", is_flag=True, help="Clips of the training's speakers and sentences, to calibrate on.")
@@ -100,13 +111,7 @@ def main(out: Path | None, seed: int, *, trained: bool) -> None:
     if out is None and (trained or seed != SEED):
         raise click.UsageError("--out is missing: only the carried clips themselves go where these are.")
     out = out or manifest_path().parent
-    out.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for clip in clips(seed, held_out=not trained):
-        soundfile.write(out / f"{clip.name}.flac", clip.audio, SAMPLE_RATE, subtype="PCM_16")
-        lines.append(json.dumps(clip.entry(), ensure_ascii=False))
-    (out / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    click.echo(f"{len(lines)} clips in {out}")
+    click.echo(f"{write(out, seed, held_out=not trained)} clips in {out}")
 
 
 def _clip(random: Random, kind: Kind, wanted: float, told: set[str], clip: Clip, *, held_out: bool) -> Clip:

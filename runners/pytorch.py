@@ -56,7 +56,7 @@ class PyTorchRunner(StepRunner):
     @torch.inference_mode()
     def encode(self, mel: Mel) -> State:
         """Run the encoder; the cache starts empty."""
-        features = torch.from_numpy(np.ascontiguousarray(mel)).to(self.model.dtype)
+        features = torch.from_numpy(np.ascontiguousarray(mel)).to(self.model.device, self.model.dtype)
         encoded = self.model.model.encoder(features).last_hidden_state
         return State(encoded, None, np.arange(len(mel)))
 
@@ -65,12 +65,12 @@ class PyTorchRunner(StepRunner):
         """One forward pass of the decoder over the new tokens."""
         out = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=state.encoded),
-            decoder_input_ids=torch.from_numpy(tokens),
+            decoder_input_ids=torch.from_numpy(tokens).to(self.model.device),
             past_key_values=state.cache,
             use_cache=True,
         )
         state.cache = out.past_key_values
-        logits: Logits = out.logits.float().numpy()
+        logits: Logits = out.logits.float().cpu().numpy()
         return logits
 
     def step_with_queries(self, tokens: NDArray[np.int64], state: State) -> tuple[Logits, NDArray[np.float32]]:

@@ -18,6 +18,7 @@ from compressors.linears import Treated
 from compressors.model import Form, Model, mask_of, pruned_parts
 
 ROUNDS = 300  # as scikit-learn's; nearly all have settled by then
+CELLS = 4  # of the grid that k-means begins on, for each centroid
 SETTLED = 1e-6  # of the weights' standard deviation: centroids that move less stand still
 
 
@@ -61,38 +62,61 @@ def _centroids(weights: Tensor, count: int, *, zero: bool) -> Tensor:
 
 
 def kmeans(values: Tensor, count: int) -> Tensor:
-    """Centroids [count], sorted, of values [n]: Lloyd's algorithm, exact on sorted numbers by their running sums.
-
-    It starts at the quantiles of the density's cube root, where centroids of the least squared error lie when they are many
-    (Panter and Dite 1951).
-    """
+    """Centroids [count], sorted, of values [n]: Lloyd's algorithm, exact on sorted numbers by their running sums."""
     ordered = values.double().flatten().sort().values
     if not len(ordered):
         return torch.zeros(count)
-    sums = torch.cat([torch.zeros(1, dtype=torch.float64), ordered.cumsum(0)])
-    centroids = _start(ordered, count)
+    sums = _running(ordered)
+    edges = _start(ordered, count)
+    centroids = torch.zeros(count, dtype=torch.float64)
     for _ in range(ROUNDS):
-        edges = torch.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2)
         bounds = torch.cat([edges.new_zeros(1), edges, edges.new_tensor([len(ordered)])])
         members = bounds.diff()
         means = (sums[bounds[1:]] - sums[bounds[:-1]]) / members.clamp(min=1)
-        moved = torch.where(members > 0, means, centroids)
+        # Where there are fewer values than centroids, some repeat a neighbour.
+        moved = torch.where(members > 0, means, ordered[bounds[1:].clamp(max=len(ordered) - 1)])
         still = (moved - centroids).abs().max() <= SETTLED * ordered.std(correction=0)
         centroids = moved
         if still:
             break
+        edges = torch.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2)
     return centroids.float()
 
 
 def _start(ordered: Tensor, count: int) -> Tensor:
-    """Where to begin: values [n] sorted → centroids [count]."""
-    knots = ordered[torch.linspace(0, len(ordered) - 1, min(len(ordered), 8 * count)).long()]
-    # Between knots of equal mass the density is 1 / width, so that its cube root holds width ** (2/3).
-    shares = torch.cat([torch.zeros(1, dtype=torch.float64), knots.diff().pow(2 / 3).cumsum(0)])
-    wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count * shares[-1]
-    upper = torch.searchsorted(shares, wanted).clamp(1, len(knots) - 1)
-    within = (wanted - shares[upper - 1]) / (shares[upper] - shares[upper - 1]).clamp(min=1e-300)
-    return knots[upper - 1] + within * (knots[upper] - knots[upper - 1])
+    """Where to begin: the edges [count - 1] between clusters of values [n] sorted, the best ones on a grid.
+
+    The grid's cells have equal shares of the density's cube root, as clusters of the least error have when they are many
+    (Panter and Dite 1951); the best of its edges are found by dynamic programming (Wang and Song 2011).
+    """
+    # Between neighbours the density is 1 / distance, so that its cube root holds distance ** (2/3).
+    shares = _running(ordered.diff().pow(2 / 3))
+    cells = CELLS * count
+    inner = torch.searchsorted(shares, torch.arange(1, cells, dtype=torch.float64) / cells * shares[-1])
+    grid = torch.cat([inner.new_zeros(1), inner, inner.new_tensor([len(ordered)])])
+    costs = _costs(ordered, grid)
+    least, origins = costs[0], []
+    for _ in range(count - 1):
+        least, origin = (least[:, None] + costs).min(0)
+        origins.append(origin)
+    chosen = [cells]
+    for origin in reversed(origins):
+        chosen.append(int(origin[chosen[-1]]))
+    return grid[chosen[:0:-1]]
+
+
+def _costs(ordered: Tensor, grid: Tensor) -> Tensor:
+    """The squared error [G, G] of one cluster from each edge of the grid to each; infinite backwards."""
+    members, sums, squares = (
+        part[None, :] - part[:, None] for part in (grid, _running(ordered)[grid], _running(ordered**2)[grid])
+    )
+    costs = squares - sums.square() / members.clamp(min=1)
+    return costs.masked_fill(torch.ones_like(costs, dtype=torch.bool).tril(-1), torch.inf)
+
+
+def _running(values: Tensor) -> Tensor:
+    """Sums of the first 0, 1, … n of values [n]."""
+    return torch.cat([values.new_zeros(1), values.cumsum(0)])
 
 
 def closest(rows: Tensor, centroids: Tensor) -> Tensor:

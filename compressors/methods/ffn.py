@@ -45,7 +45,8 @@ def apply(model: Model, parameters: Parameters, calibration: Calibration, progre
         for layer in range(getattr(model.dims, f"{side}_layers")):
             prefix = f"model.{side}.layers.{layer}"
             progress(prefix)
-            changed |= _narrowed(model, prefix, count, moments and moments[f"{prefix}.fc2.weight"], parameters)
+            inputs = moments[f"{prefix}.fc2.weight"] if moments else None
+            changed |= _narrowed(model, prefix, count, inputs, parameters)
     effects = [linears.effect(name, model.tensors[name], tensor) for name, tensor in changed.items()]
     return Applied(replace(model.changed(changed, {}), config=config), effects)
 

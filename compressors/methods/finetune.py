@@ -50,9 +50,14 @@ def control(model: Model, parameters: Parameters) -> tuple[str, dict[str, object
 
 
 def tuned(
-    model: Model, roundings: Mapping[str, Rounding], parameters: Parameters, calibration: Calibration, progress: Progress
+    model: Model,
+    roundings: Mapping[str, Rounding],
+    parameters: Parameters,
+    calibration: Calibration,
+    progress: Progress,
+    part: str = "",
 ) -> Applied:
-    """Train with some weights rounded on the way."""
+    """Train with some weights rounded on the way; ``part`` names one of several trainings of a step."""
     source = parent_of(parameters.parent, calibration)
     work = training.work_of(calibration, "finetune")
     chosen = Heard(examples.gather(source, parameters.data, parameters.windows, parameters.seed, work), calibration, work)
@@ -63,7 +68,7 @@ def tuned(
         Live(Model.open(source), 1.0, training.device()),
         Weighing(parameters.entropy, parameters.divergence, parameters.encoder),
         parameters,
-        work,
+        work / part,
         progress,
     )
 

@@ -16,7 +16,8 @@ ENVIRONMENT = "ASR_EXPORT_PEERS_PYTHON"
 
 def take(samples: NDArray[np.float32]) -> list[float]:
     """A list: that is what its own examples read a file into."""
-    return samples.tolist()
+    listed: list[float] = samples.tolist()
+    return listed
 
 
 def open(folder: Path, precision: str, threads: int, scratch: Path) -> Any:

@@ -17,7 +17,7 @@ from transformers import WhisperForConditionalGeneration
 from asr_core import graph
 from asr_core.artifact import Artifact
 from asr_core.checkpoint import Checkpoint
-from exporters.onnx import PRECISIONS, quantise
+from exporters.onnx import PRECISIONS, nearest_int8
 from runners import onnx as runner
 
 HEAD = "decoder.embed_tokens.weight"
@@ -163,14 +163,95 @@ def test_a_sharded_float16_checkpoint_gives_the_same_files(exported, shape_folde
             assert (sharded.path / file).read_bytes() == (whole.path / file).read_bytes()
 
 
+def unpacked(tensor: onnx.TensorProto, scales: onnx.TensorProto) -> np.ndarray:
+    """What MatMulNBits' documentation says that 4-bit blocks mean: the low half of a byte first, 8 is zero."""
+    stored = onnx.numpy_helper.to_array(tensor)
+    codes = np.stack([stored & 15, stored >> 4], -1).reshape(*stored.shape[:2], -1).astype(np.float32) - 8
+    values = codes * onnx.numpy_helper.to_array(scales).astype(np.float32)[..., None]
+    return values.reshape(len(stored), -1)
+
+
+def test_int4_keeps_every_matrix_in_4_bits_within_half_a_step(exported, shape_folder):
+    weights = Checkpoint.open(shape_folder("mini")).weights
+    for name in GRAPHS:
+        stored = initializers(exported("int4"), name)
+        model = onnx.load(exported("int4").path / f"{name}.onnx", load_external_data=False)
+        products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+        for node in products:
+            weight = node.input[1].removesuffix(".uint4")
+            dense, ours = weights.read(f"model.{weight}").numpy(), unpacked(stored[node.input[1]], stored[f"{weight}.scales"])
+            steps = np.abs(dense).reshape(len(dense), -1, 32).max(2).repeat(32, 1) / 7
+            assert (np.abs(ours - dense) <= 0.501 * steps + 1e-6).all(), weight
+        assert [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in stored] == []
+        wide = [tensor.name for tensor in stored.values() if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) > 1]
+        assert wide == []
+    assert len(products) == 2 * 8 + 1  # as in int8
+    (lookup,) = (node for node in model.graph.node if node.op_type == "GatherBlockQuantized")
+    table = next(node for node in model.graph.node if lookup.input[0] in node.output)
+    assert table.input[0].startswith(HEAD)
+
+
+@pytest.fixture(scope="module")
+def recorded(shape_folder, tmp_path_factory) -> Checkpoint:
+    """A checkpoint with codes of 4 bits in groups of 32, of 8 bits a row, and of 3 bits a row of factors of odd rank."""
+    from compressors import base, folder
+    from compressors.model import Model
+
+    source = Checkpoint.open(shape_folder("mini"))
+    model = Model.open(source)
+    for method, given in (
+        ("lowrank", {"criterion": "svd", "rank": 21, "only": ["*.layers.1.fc?.weight"]}),
+        ("quantise", {"bits": 4, "group": 32, "rounding": "nearest", "embedding": True, "only": ["*.layers.0.*"]}),
+        ("quantise", {"bits": 8, "rounding": "nearest", "only": ["*.layers.1.*attn*"]}),
+        ("quantise", {"bits": 3, "rounding": "nearest", "only": ["*.layers.1.fc?.weight"]}),
+    ):
+        model = base.method(method).apply(model, base.parameters(method, given), None, lambda stage: None).model
+    return folder.write(tmp_path_factory.mktemp("recorded") / "mini", source, model, [], [], None)[0]
+
+
+def test_int4_ships_the_very_integers_of_the_record(recorded, export_here):
+    artifact = export_here(recorded.path, "onnx", "int4")
+    assert artifact.manifest.notices == []
+    seen = set()
+    for name in GRAPHS:
+        stored = initializers(artifact, name)
+        for tensor in [one for one in stored if one.endswith(".uint4")]:
+            weight = tensor.removesuffix(".uint4")
+            codes = recorded.graph_weights.integers(f"model.{weight}")
+            ours = unpacked(stored[tensor], stored[f"{weight}.scales"])
+            meant = (codes.codes * codes.scales.repeat_interleave(codes.codes.shape[1] // codes.scales.shape[1], 1)).numpy()
+            np.testing.assert_array_equal(ours[:, : meant.shape[1]], meant)
+            assert not ours[:, meant.shape[1] :].any()
+            seen.add(codes.bits)
+        eight = [one for one in stored if one.endswith(("int8", "uint8"))]
+        assert {
+            recorded.graph_weights.integers(f"model.{one.removesuffix('.T_int8').removesuffix('.uint8')}").bits for one in eight
+        } == {8}
+    assert seen == {3, 4}
+
+
+def test_int4_says_what_plain_transformers_says_of_the_same_weights(recorded, export_here):
+    theirs = WhisperForConditionalGeneration.from_pretrained(recorded.path).eval()
+    opened = runner.open(export_here(recorded.path, "onnx", "int4").path, 1)
+    mel = np.random.default_rng(0).normal(size=(1, 80, 3000)).astype(np.float32)
+    tokens = [50258, 50259, 50359, 50363, 300, 301]
+    with torch.inference_mode():
+        found = theirs(torch.from_numpy(mel), decoder_input_ids=torch.tensor([tokens]))
+    # Half-precision positions and convolutions, and products with activations of 8 bits.
+    states = found.encoder_last_hidden_state.numpy()
+    assert np.abs(opened.encoder_states(mel) - states).max() < 0.03 * np.abs(states).max()
+    logits = opened.step(np.array([tokens]), opened.encode(mel))
+    assert np.abs(logits - found.logits.numpy()).max() < 0.05 * np.abs(found.logits.numpy()).max()
+
+
 @pytest.mark.parametrize("block", [16, 64])
 def test_quantised_weights_are_within_half_a_step(block):
     weight = torch.randn(5000, 64, generator=torch.Generator().manual_seed(0))
     weight[3] = 0
-    values, scales = quantise(weight, block)
-    restored = (values * scales[..., None]).reshape(weight.shape)
-    assert np.abs(restored - weight.numpy()).max() <= 0.5001 * scales.max()
-    assert np.abs(values).max() == 127
+    made = nearest_int8(weight, groups=64 // block)
+    restored = (made.codes * made.scales.repeat_interleave(block, 1)).numpy()
+    assert np.abs(restored - weight.numpy()).max() <= 0.5001 * made.scales.max()
+    assert made.codes.abs().max() == 127
     assert not restored[3].any()
 
 

@@ -39,18 +39,26 @@ def plan(method: str, **given: object) -> list[Planned]:
 
 @pytest.mark.parametrize(
     ("method", "given"),
-    [("finetune", {}), ("qat", {"bits": 2, "embedding": True}), ("distil", {"decoder": 1, "keep": "last"})],
+    [
+        ("finetune", {}),
+        ("gradual", {"sparsity": 0.5, "rounds": 2, "criterion": "magnitude", "scope": "global"}),
+        ("qat", {"bits": 2, "embedding": True}),
+        ("distil", {"decoder": 1, "keep": "last"}),
+    ],
 )
 def test_plain_transformers_reads_what_was_trained(method, given, trained, clips, manifest, tmp_path):
     made = run.run(trained, plan(method, data=str(manifest), **given), clips[2:4], tmp_path / "out")
     plain, info = WhisperForConditionalGeneration.from_pretrained(made.checkpoint.path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert len(made.record.calibration) == 1  # the clip of the one step
+    assert len(made.record.calibration) == 1  # the clip of each first step
     if method == "qat":
         weight = plain.model.decoder.layers[0].fc1.weight
         assert all(len(row.abs().unique()) <= 2 for row in weight)  # zero, and one magnitude a row
         assert made.record.forms["model.decoder.layers.0.fc1.weight"].bits == 2
+    if method == "gradual":
+        weights = [plain.state_dict()[name] for name in made.record.forms]
+        assert sum(int((weight == 0).sum()) for weight in weights) == sum(weight.numel() for weight in weights) // 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing of the training is left
 
 

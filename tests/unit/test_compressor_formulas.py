@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import entropy
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from torch.nn.utils import prune as torch_prune
 
-from compressors import integers, obs, refit
+from compressors import integers, obs, ranges, refit
 from compressors.calibration import Moments
-from compressors.methods import cluster, lowrank, prune, smooth
+from compressors.methods import cluster, gradual, lowrank, prune, smooth
 from compressors.model import Form, form_bytes, mask_of
 
 
@@ -42,8 +43,8 @@ def output_error(x: torch.Tensor, weight: torch.Tensor, changed: torch.Tensor) -
     [
         (8, None, True, [[254 / 127]]),
         (8, None, False, [[254 / 127], [127 / 127]]),
-        (4, None, False, [[254 / 7], [127 / 7]]),
-        (3, 2, False, [[254 / 3, 12 / 3], [127 / 3, 1 / 3]]),
+        (4, None, False, [[36.28125], [18.140625]]),  # 254 / 7 and 127 / 7, to 11 bits
+        (3, 2, False, [[84.6875, 4], [42.34375, 0.333251953125]]),  # thirds of 254, 12, 127, 1
     ],
 )
 def test_scales_by_hand(bits, group, whole, scales):
@@ -59,9 +60,9 @@ def test_ternary_by_hand():
 
 
 def test_nearest_by_hand():
-    made = integers.nearest(torch.tensor([[7.0, -3.4, 2.6, 0.4, 0.07, -0.034, 0.01, 0]]), 4, 4)
+    made = integers.nearest(torch.tensor([[7.0, -3.4, 2.6, 0.4, 0.875, -0.4, 0.125, 0]]), 4, 4)
     assert made.codes.tolist() == [[7, -3, 3, 0, 7, -3, 1, 0]]
-    assert torch.allclose(made.weight, torch.tensor([[7.0, -3, 3, 0, 0.07, -0.03, 0.01, 0]]))
+    assert torch.allclose(made.weight, torch.tensor([[7.0, -3, 3, 0, 0.875, -0.375, 0.125, 0]]))
 
 
 def eliminated(weight, second, choose):
@@ -86,7 +87,8 @@ def test_gptq_is_column_by_column_surgery(bits, group):
     def rounded(work, j, _):
         nonlocal scale
         if j % (group or 192) == 0:
-            scale = np.abs(work[:, j : j + (group or 192)]).max(1).astype(np.float32).astype(np.float64) / limit
+            scale = (np.abs(work[:, j : j + (group or 192)]).max(1) / limit).astype(np.float16 if bits < 8 else np.float32)
+            scale = scale.astype(np.float64)
         return np.clip(np.rint(work[:, j] / scale), -limit, limit) * scale
 
     made = integers.gptq(weight, second, bits, group)
@@ -99,6 +101,65 @@ def test_gptq_leaves_pruned_weights_at_zero():
     weight, mask = weight_of(8, 64), weight_of(8, 64, seed=5) > 0
     made = integers.gptq(weight * mask, moments_of(rows_of_inputs(64)).second, 4, None, mask=mask)
     assert not made.weight[~mask].any()
+
+
+# --- ranges of inputs
+
+
+def skewed(rows: int) -> np.ndarray:
+    """Values as after a GELU: a short tail below zero, a long one above."""
+    x = np.random.default_rng(0).laplace(size=rows)
+    return np.where(x < 0, 0.1 * x, x).astype(np.float32)
+
+
+def histogram(values: np.ndarray) -> tuple[torch.Tensor, float, float]:
+    seen, x = ranges.Extremes(), torch.from_numpy(values).view(-1, 8)
+    seen(x, torch.ones(len(x), 1))
+    made = ranges.Histogram(seen.low, seen.high)
+    made(x, torch.ones(len(x), 1))
+    return made.counts, seen.low, seen.high
+
+
+def test_a_range_in_steps_by_hand():
+    parts = ranges.parts(-1.0, 1.55)
+    assert parts["input_scale"].item() == pytest.approx(0.01)
+    assert parts["input_zero"].tolist() == [100]
+    x = torch.tensor([-5.0, -0.014, 0, 0.006, 1.2345, 5])
+    assert torch.allclose(ranges.rounded(x, parts), torch.tensor([-1.0, -0.01, 0, 0.01, 1.23, 1.55]), atol=1e-6)
+    theirs = torch.fake_quantize_per_tensor_affine(x, 0.01, 100, 0, 255)
+    assert torch.allclose(ranges.rounded(x, parts), theirs, atol=1e-6)
+
+
+def test_extremes_hold_zero():
+    counts, low, high = histogram(np.float32([1, 2, 3, 4, 5, 6, 7, 8]))
+    assert (low, high, counts.sum()) == (0, 8, 8)
+
+
+def test_percentile_is_numpys():
+    values = skewed(80000)
+    low, high = ranges.percentile(*histogram(values))
+    step = (values.max() - values.min()) / ranges.BINS
+    assert abs(low - np.percentile(values, 0.005)) <= step
+    assert abs(high - np.percentile(values, 99.995)) <= step
+
+
+def test_entropy_by_its_definition():
+    """Every candidate as Migacz's slides have it, judged by scipy."""
+    counts, low, high = histogram(skewed(80000))
+    zero, mass = round(-low / (high - low) * 2048), counts.numpy()
+    losses = {}
+    for kept in range(128, 2049, 64):
+        first, last = round(zero * (1 - kept / 2048)), round(zero + (2048 - zero) * kept / 2048)
+        clipped = mass[first:last].copy()
+        clipped[[0, -1]] += mass[:first].sum(), mass[last:].sum()
+        image = np.zeros_like(clipped)
+        for level in range(256):
+            here = [i for i in range(len(image)) if i * 256 // len(image) == level and clipped[i]]
+            image[here] = mass[first:last][here].sum() / max(len(here), 1)
+        losses[kept / 2048] = entropy(clipped / mass.sum() + 1e-12, image / image.sum() + 1e-12)
+    best = min(losses, key=losses.__getitem__)
+    assert best < 1
+    assert ranges.entropy(counts, low, high) == pytest.approx((best * low, best * high))
 
 
 # --- zeros
@@ -117,6 +178,12 @@ def test_magnitude_is_torchs(sparsity):
         layer.weight.data = weights[str(i)].clone()
     torch_prune.global_unstructured([(layer, "weight") for layer in layers], torch_prune.L1Unstructured, amount=sparsity)
     assert all(torch.equal(together[str(i)], layer.weight_mask.bool()) for i, layer in enumerate(layers))
+
+
+def test_the_schedule_by_hand():
+    """Zhu and Gupta: 1 - (3/4)³ = 37/64 of all zeros after a quarter of the rounds."""
+    parameters = gradual.Parameters(sparsity=0.64, rounds=4)
+    assert [gradual.sparsity(parameters, number) for number in (1, 2, 3, 4)] == pytest.approx([0.37, 0.56, 0.63, 0.64])
 
 
 def test_wanda_by_its_definition():
@@ -188,16 +255,17 @@ def test_a_budget_is_kept_and_used(share):
 # --- clusters
 
 
-@pytest.mark.parametrize("count", [16, 64])
-def test_kmeans_against_scikit_learn(count):
-    values = weight_of(1, 20000)[0]
+@pytest.mark.parametrize("tails", ["normal", "laplace"])
+@pytest.mark.parametrize("count", [16, 256])
+def test_kmeans_against_scikit_learn(count, tails):
+    values = torch.from_numpy(getattr(np.random.default_rng(0), tails)(size=20000)).float()
     ours = cluster.kmeans(values, count)
     columns = values[:, None].numpy()
     theirs = KMeans(count, n_init=1, random_state=0).fit(columns)
     inertia = float((values - ours[cluster.closest(values[None], ours[None])[0]]).square().sum())
-    assert inertia <= 1.02 * theirs.inertia_
+    assert inertia <= theirs.inertia_
     # A fixed point: scikit-learn moves no centroid.
-    again = KMeans(count, init=ours[:, None].numpy(), n_init=1, tol=0).fit(columns)
+    again = KMeans(count, init=ours[:, None].numpy(), n_init=1, tol=0, max_iter=1).fit(columns)
     assert np.allclose(np.sort(again.cluster_centers_[:, 0]), ours, atol=1e-3)
 
 

@@ -21,7 +21,12 @@ NAN = float("nan")
 
 @pytest.fixture(scope="module")
 def space(shape_folder) -> Space:
-    return Space(Checkpoint.open(str(shape_folder("mini"))).dims, ["fp32", "int8"])
+    return Space(Checkpoint.open(str(shape_folder("mini"))).dims, ["fp32", "int4"])
+
+
+def cuts(candidate: Candidate) -> bool:
+    """Whether more than roundings is done."""
+    return any("quantise" not in step for step in candidate.steps)
 
 
 class Paper:
@@ -31,38 +36,44 @@ class Paper:
         self.slow, self.lies, self.flaky = slow, lies, flaky
         self.roughs: list[str] = []
         self.fulls: list[str] = []
+        self.pairs: list[str] = []
         self.dropped: list[str] = []
 
     def figures(self, candidate: Candidate) -> Figures:
         size, words, seconds = 8.0, 0.0, 0.1
         for step in candidate.steps:
             for name, given in step.items():
-                size *= {"quantise": 0.7, "layers": 0.8, "ffn": 0.9, "lowrank": 0.8}[name]
-                words += {"quantise": 0.1 * (8 / given.get("bits", 8) - 1), "layers": 2.0, "ffn": 0.5, "lowrank": 0.3}[name]
-                seconds *= 1 + self.slow
-        size *= 0.3 if candidate.precision == "int8" else 1
+                few = name == "quantise" and given["bits"] == 4
+                size *= {"quantise": 0.9 if few else 1.0, "layers": 0.8, "ffn": 0.9, "lowrank": 0.8}[name]
+                words += {"quantise": 0.1 if few else 0.0, "layers": 2.0, "ffn": 0.5, "lowrank": 0.3}[name]
+                seconds *= 1 + self.slow * (name != "quantise")
+        size *= 0.3 if candidate.precision == "int4" else 1
         return Figures(size, words, words, seconds, 2 * seconds, 100.0)
+
+    def ratio(self, candidate: Candidate, plain: Candidate) -> float:
+        self.pairs.append(candidate.key)
+        return self.figures(candidate).latency_p50 / self.figures(plain).latency_p50
 
     def rough(self, candidate: Candidate, limit_mb: float | None) -> Figures | None:
         self.roughs.append(candidate.key)
         made = self.figures(candidate)
         if limit_mb is not None and made.size > limit_mb:
-            return Figures(made.size, NAN, NAN, NAN, NAN, NAN, "fail")
+            return budget.too_large(made.size)
         return made
 
     def full(self, candidate: Candidate) -> Figures | None:
         self.fulls.append(candidate.key)
         made = self.figures(candidate)
-        made = replace(made, delta_wer=made.delta_wer + self.lies * len(candidate.steps))
+        made = replace(made, delta_wer=made.delta_wer + self.lies * cuts(candidate))
         second = self.fulls.count(candidate.key) > 1
-        return replace(made, status="fail", reason="ΔWER") if self.flaky and second and candidate.steps else made
+        return replace(made, status="fail", reason="ΔWER") if self.flaky and second and cuts(candidate) else made
 
     def drop(self, candidate: Candidate) -> None:
         self.dropped.append(candidate.key)
 
 
 def searched(space: Space, lab: Paper, folder: Path, text: str, **settings) -> search.Found:
-    return Search(space, budget.parse(text), lab, folder, **{"trials": 30} | settings).run()
+    return Search(space, budget.parse(text), lab, folder, **{"trials": 12} | settings).run()
 
 
 # --- budgets
@@ -110,16 +121,23 @@ def test_excess_is_a_share_of_the_limit():
 
 
 def test_every_choice_is_a_recipe(space):
-    plain = space.candidate(space.plain("int8"))
-    assert plain == Candidate("int8", [])
-    chosen = space.plain("fp32") | {"decoder_layers": 1, "ffn": 0.5, "rank": 0.25, "encoder_bits_1": 4, "embedding_bits": 8}
+    plain = space.candidate(space.plain("fp32"))
+    assert plain == Candidate("fp32", [])
+    chosen = space.plain("int4") | {"decoder_layers": 1, "ffn": 0.5, "rank": 0.25, "encoder_bits_1": 4}
     made = replace(space, repair=7).candidate(chosen)
     assert made.steps == [
         {"layers": {"decoder": [0]}},
         {"ffn": {"share": 0.5}},
         {"lowrank": {"share": 0.25}},
         {"finetune": {"steps": 7}},
-        {"quantise": {"bits": 8, "body": False, "embedding": True}},
+        {
+            "quantise": {
+                "bits": 8,
+                "body": True,
+                "embedding": True,
+                "only": ["model.encoder.layers.0.*", "model.decoder.layers.0.*"],
+            }
+        },
         {"quantise": {"bits": 4, "body": True, "embedding": False, "only": ["model.encoder.layers.1.*"], "group": 32}},
     ]
     for step in made.steps:
@@ -129,8 +147,13 @@ def test_every_choice_is_a_recipe(space):
 
 
 def test_bits_follow_the_layers_that_stay(space):
-    chosen = space.plain("fp32") | {"decoder_layers": 1, "decoder_bits_0": 8}
+    chosen = space.plain("int4") | {"decoder_layers": 1, "decoder_bits_0": 4}
     assert space.candidate(chosen).steps[-1]["quantise"]["only"] == ["model.decoder.layers.0.*"]
+
+
+def test_bits_are_chosen_only_where_they_make_something_smaller(space):
+    assert not [name for name in space.choices("fp32") if "bits" in name]
+    assert len([name for name in space.choices("int4") if "bits" in name]) == 5  # two layers of each side, and the embedding
 
 
 # --- the search
@@ -148,21 +171,37 @@ def test_a_budget_that_can_be_met_is_met(space, tmp_path, text):
 
 
 def test_what_fails_on_all_clips_is_never_reported(space, tmp_path):
-    found = searched(space, Paper(lies=3.0), tmp_path, "delta_wer<=0.5")
-    assert found.winner.candidate.steps == []
+    found = searched(space, Paper(lies=3.0), tmp_path, "delta_wer<=0.5", trials=24)
+    assert not cuts(found.winner.candidate)
     assert found.rejected
     assert all("delta_wer<=0.5 points not met" in reason for reason in found.rejected)
 
 
 def test_what_fails_a_second_time_is_never_reported(space, tmp_path):
-    found = searched(space, Paper(flaky=True), tmp_path, "delta_wer<=0.5")
-    assert found.winner.candidate.steps == []
+    found = searched(space, Paper(flaky=True), tmp_path, "delta_wer<=0.5", trials=24)
+    assert not cuts(found.winner.candidate)
+    assert found.rejected
     assert all("fail: ΔWER" in reason for reason in found.rejected)
 
 
 def test_size_that_costs_speed_is_rejected_unless_asked_for(space, tmp_path):
-    assert searched(space, Paper(slow=0.2), tmp_path / "a", "size<=6").winner.candidate == Candidate("int8", [])
-    assert searched(space, Paper(slow=0.2), tmp_path / "b", "size<=6", allow_slower=True).winner.candidate.steps
+    lab = Paper(slow=0.2)
+    found = searched(space, lab, tmp_path / "a", "size<=6")
+    assert not cuts(found.winner.candidate)
+    assert any("times as slow as the source" in reason for reason in found.rejected)
+    assert max(lab.pairs.count(key) for key in lab.pairs) == search.TURNS  # slow every time, or it is not held against it
+    assert cuts(searched(space, Paper(slow=0.2), tmp_path / "b", "size<=6", allow_slower=True).winner.candidate)
+
+
+def test_one_slow_moment_costs_nobody_the_win(space, tmp_path):
+    class Busy(Paper):
+        """A machine on which every first measurement of a pair's candidate meets another job."""
+
+        def ratio(self, candidate: Candidate, plain: Candidate) -> float:
+            return super().ratio(candidate, plain) * (3 if candidate.key not in self.pairs else 1)
+
+    found = searched(space, Busy(), tmp_path, "size<=2.4")
+    assert found.winner.figures.size == min(point.figures.size for point in found.points)
 
 
 def test_nobody_meets_it_and_the_nearest_is_shown(space, tmp_path):
@@ -173,7 +212,7 @@ def test_nobody_meets_it_and_the_nearest_is_shown(space, tmp_path):
     assert found.nearest.figures.size == min(point.figures.size for point in found.points)
     # What is too large is not even run: of all points only the source itself was measured.
     assert [point.figures.measured for point in found.points].count(True) == 1
-    assert len(set(lab.dropped)) == len(found.points)
+    assert len(set(lab.dropped)) == len(found.points) - 1
 
 
 def test_a_killed_search_goes_on(space, tmp_path):

@@ -11,6 +11,7 @@ import reference
 from asr_core.checkpoint import Checkpoint
 from asr_core.decode import DecodeOptions
 from asr_core.errors import UsageError
+from asr_core.tokens import TokenIds, load_tokenizer
 from compressors import base, examples, integers, latent, training
 from compressors.calibration import Calibration
 from compressors.examples import IGNORED, Clips, Example
@@ -175,7 +176,24 @@ def test_the_loss_is_the_formulas(model):
     kl = (np.exp(hard) * (hard - soft)).sum(-1).mean()
     target = Whole(torch.from_numpy(hard).float(), temperature)
     loss = training.loss_of(module, latent.latents(model, {}), batch, target, Weighing(alpha, 1 - alpha, 0, temperature))
-    assert float(loss) == pytest.approx(alpha * entropy + (1 - alpha) * temperature**2 * kl, rel=1e-4)
+    assert loss.item() == pytest.approx(alpha * entropy + (1 - alpha) * temperature**2 * kl, rel=1e-4)
+
+
+def test_an_encoder_that_is_not_trained_hears_every_window_once(model, tmp_path, monkeypatch):
+    """What is kept of it gives the loss that the windows themselves give, to half precision."""
+    batch = examples.collate([Noise()[0], Noise()[1]], 50257)
+    module = model.module()
+    kept = training.Encoded(module, tmp_path / "states")
+    first = kept.states([4, 9], batch.mel)
+    monkeypatch.setattr(module.model.encoder, "forward", None)
+    again = training.Encoded(module, tmp_path / "states").states([9, 4], batch.mel)
+    assert torch.equal(first[0], again[1])
+    target = Whole(torch.zeros(8, 51865).log_softmax(-1), 1.0)
+    made = latent.latents(model, {}, encoder=False)
+    losses = [
+        training.loss_of(model.module(), made, one, target, Weighing(1, 1, 0)) for one in (batch, replace(batch, states=first))
+    ]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-3)
 
 
 # --- the loop
@@ -265,6 +283,31 @@ def test_a_teacher_is_asked_once(talkative, tmp_path, monkeypatch):
     opened(temperature=1.0)
     assert len({folder.name for folder in tmp_path.iterdir()}) == 2  # another temperature, other answers
     assert not list(tmp_path.rglob("*.partial-*"))
+
+
+def test_a_teacher_writes_under_the_examples_prompt(trained, tmp_path):
+    """With the text before the window, in its language, with timestamps where the prompt has them."""
+    clip = next(clip for clip in data.read(reference.manifest_path()) if clip.language == "es")
+    mel = Clips(trained, [clip])[0].mel
+    ids = TokenIds.read(trained.path, trained.generation, trained.dims.n_text_ctx)
+    before = load_tokenizer(trained.path).encode(" rojo azul", add_special_tokens=False).ids
+    prompt = [ids.previous, *before, *ids.prompt("es", timestamps=True)]
+    example = Example(mel, [*prompt, 7], [IGNORED] * (len(prompt) - 1) + [7, ids.end])
+
+    class One:
+        digest = "one"
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> Example:
+            return example
+
+    asked = Kept(trained, Model.open(trained), One(), tmp_path, top=4, temperature=1.0, pseudo=True)[0]
+    options = DecodeOptions(language="es", timestamps=True, prompt=tuple(before))
+    heard = open_runner("pytorch", trained.path, 1).generate(mel[None].numpy(), options)[0].tokens
+    assert heard[0] >= ids.timestamp_begin
+    assert asked.inputs == [*prompt, *heard]
 
 
 def test_a_student_that_is_no_student(model):
