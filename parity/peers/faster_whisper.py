@@ -25,6 +25,8 @@ def open(folder: Path, precision: str, threads: int, scratch: Path) -> Any:
     )
     generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     end = generation["eos_token_id"]
+    # CTranslate2 stops at half of the length that it is given, and faster-whisper adds its prompt to the number that it is told.
+    prompt = 4 if generation.get("lang_to_id") else 2
 
     def hear(samples: Any, language: str, tokens: int | None) -> tuple[str, int]:
         segments, _ = model.transcribe(
@@ -36,7 +38,7 @@ def open(folder: Path, precision: str, threads: int, scratch: Path) -> Any:
             condition_on_previous_text=False,
             vad_filter=False,
             suppress_tokens=[*(generation.get("suppress_tokens") or []), *([end] if tokens else [])],
-            max_new_tokens=tokens,
+            max_new_tokens=tokens and 2 * tokens - prompt,
             no_speech_threshold=None,
             log_prob_threshold=None,
             compression_ratio_threshold=None,
