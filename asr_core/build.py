@@ -17,13 +17,23 @@ from asr_core import artifact, isolate, processes, registry, tokens
 from asr_core.artifact import MANIFEST, Artifact, Manifest, TensorSpec
 from asr_core.checkpoint import Checkpoint
 from asr_core.errors import ArtifactError, StorageError, UsageError
+from asr_core.graph_weights import PALETTE_BITS, palettes
 
 PARTIAL = ".partial-"
 REPLACED = ".replaced-"
 FAILED = ".failed"
 FAILED_REASON = "FAILED.txt"
 # Sources besides the exporter's own that decide what bytes an export writes.
-SHARED_SOURCES = ("graph.py", "graph_weights.py", "compressed.py", "build.py", "tokens.py", "audio.py", "artifact.py")
+SHARED_SOURCES = (
+    "graph.py",
+    "graph_weights.py",
+    "integers.py",
+    "compressed.py",
+    "build.py",
+    "tokens.py",
+    "audio.py",
+    "artifact.py",
+)
 
 # Kinds of compact forms and what is said where an artifact does not carry them, of how many weights.
 NOTICES = {
@@ -32,7 +42,11 @@ NOTICES = {
     "silent": "heads that were removed from the decoder's attentions ({count}) are stored and computed as zeros",
     "int8": "weights of 8-bit codes ({count}) are stored in the precision's own form",
     "int4": "weights of 4-bit or smaller codes ({count}) are stored in the precision's own form",
-    "palettes": "clustered weights ({count}) are stored without their palettes",
+    **{
+        palettes(count, 2**bits): f"clustered weights ({{count}}, indices of {bits} bits) are stored without their palettes"
+        for count in (1, 2)
+        for bits in PALETTE_BITS
+    },
     "zeros": "the zeros of pruned weights ({count}) are stored and computed like other values",
 }
 
@@ -41,7 +55,8 @@ class Exporter(Protocol):
     """What every module in ``exporters/`` offers.
 
     ``CARRIES`` lists, by precision, the kinds of compact forms (:data:`NOTICES`) that reach the artifact as they are; of a
-    precision that it doesn't list, none does. ``export`` writes only below ``folder`` and returns the tensors of its graphs; it
+    precision that it doesn't list, none does. ``ON_REQUEST``, where a module has it, are further precisions, which only some
+    checkpoints can have. ``export`` writes only below ``folder`` and returns the tensors of its graphs; it
     never writes the manifest. The module imports its converter inside ``export``, so that listing precisions costs nothing.
     """
 
@@ -60,7 +75,7 @@ def exporter(target: str) -> Exporter:
 
 def check_precision(target: str, precision: str) -> None:
     """Raise :class:`UsageError` where the target has no such precision."""
-    known = exporter(target).PRECISIONS
+    known = (*exporter(target).PRECISIONS, *getattr(exporter(target), "ON_REQUEST", ()))
     if precision not in known:
         raise UsageError(f"{target} has no precision {precision!r}; it has: {', '.join(known)}.")
 
