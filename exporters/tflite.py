@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from asr_core.graph_weights import Integers
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads")) | {"int4": ("factors", "heads", "int8", "int4")}
+CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads"))
 # On disk, the float32 file that every conversion begins with too.
 COST = {"fp32": Cost(1500, 12, 4), "fp16": Cost(1500, 12, 6), "int8": Cost(1500, 12, 5.1), "int4": Cost(1500, 12, 4.7)}
 MODEL = "model.tflite"
@@ -253,14 +253,17 @@ def _store_integers(run: Any, checkpoint: Checkpoint) -> None:
     """Ask for the matrices of linear layers, and the embedding, as integers of this project's choice.
 
     The quantiser's own algorithms would change recorded codes: they choose scales from a weight's largest value, or guess them
-    from the values that occur. The guessing one, which nothing else here uses, is replaced: no new one can be named.
+    from the values that occur. The guessing one, which nothing else here uses, is replaced: no new one can be named. Codes of
+    weights that the converter multiplied with a norm's gain before (it does where nothing else reads the norm) are lost.
     """
     from ai_edge_quantizer import algorithm_manager as manager
     from ai_edge_quantizer import qtyping
     from ai_edge_quantizer.algorithms.uniform_quantize import common_quantize
     from ai_edge_quantizer.algorithms.uniform_quantize import naive_min_max_quantize as rounding
 
-    parameters = functools.partial(_parameters, by_values(checkpoint.graph_weights), checkpoint.dims.n_text_ctx)
+    dims = checkpoint.dims
+    integers = by_values(checkpoint.graph_weights, dims.head_dim**-0.5)
+    parameters = functools.partial(_parameters, integers, dims.n_text_ctx)
     materialize = {
         qtyping.TFLOperationName.FULLY_CONNECTED: common_quantize.materialize_fc_conv,
         qtyping.TFLOperationName.EMBEDDING_LOOKUP: common_quantize.materialize_embedding_lookup,
