@@ -83,7 +83,7 @@ def _point(graph: ir.Graph, weights: Weights) -> None:
 
     for value in graph.initializers.values():
         place = weights.place(f"model.{value.name}")
-        size = math.prod(place.shape) * value.dtype.itemsize
+        size = int(math.prod(place.shape) * value.dtype.itemsize)  # of a type of few bits, an item is a part of a byte
         value.const_value = ir.ExternalTensor(
             place.file.name, place.offset, size, value.dtype, shape=value.shape, name=value.name
         )
