@@ -24,6 +24,7 @@ SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 INNER = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "v_proj.weight", "v_proj.bias")
 OUTPUT = "out_proj.weight"
 MOST_BITS, FEW_BITS = 8, 4  # of a code
+PALETTE_BITS = (4, 6, 8)  # of an index, as runtimes have them
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class GraphWeights:
         for name in self._forms.names:
             parts = self._forms.parts(name)
             counts["factors"] += self._forms.rank(name) is not None
-            counts["palettes"] += "centroids" in parts
+            if "centroids" in parts:
+                counts[palettes(*self._forms.shape(name, "centroids"))] += 1
             counts["zeros"] += "mask" in parts
             if parts & {"codes", "left_codes"}:
                 counts["int4" if (self._forms.bits(name) or MOST_BITS) <= FEW_BITS else "int8"] += 1
@@ -170,6 +172,12 @@ class GraphWeights:
         if "input_scale" not in self._forms.parts(source.name) or source.side == "left":
             return None
         return float(self._forms.part(source.name, "input_scale")), int(self._forms.part(source.name, "input_zero"))
+
+
+def palettes(count: int, size: int) -> str:
+    """The kind of compact form that ``count`` palettes of ``size`` values are, by the bits of an index."""
+    bits = next(bits for bits in PALETTE_BITS if size <= 2**bits)
+    return f"palettes{bits}" if count == 1 else f"row palettes{bits}"
 
 
 def _blocks(kept: torch.Tensor, size: int) -> torch.Tensor | None:
