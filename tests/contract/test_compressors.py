@@ -4,7 +4,6 @@ import json
 import wave
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -294,20 +293,20 @@ def test_nothing_is_overwritten(tmp_path):
     assert f"{tmp_path} exists already" in result.stderr
 
 
-def clip(file: Path, samples: np.ndarray) -> data.Utterance:
-    with wave.open(str(file), "wb") as stream:
+@pytest.mark.parametrize(("seconds", "loudness", "sound"), [(3, 0.3, "3.0"), (20, 0.0, "0.0")])
+def test_too_little_sound_to_calibrate_on(seconds, loudness, sound, tmp_path):
+    samples = np.random.default_rng(0).uniform(-loudness, loudness, seconds * 16000)
+    with wave.open(str(tmp_path / "clip.wav"), "wb") as stream:
         stream.setnchannels(1)
         stream.setsampwidth(2)
         stream.setframerate(16000)
         stream.writeframes((samples * 32767).astype("<i2").tobytes())
-    return data.Utterance(file.stem, file, "")
-
-
-@pytest.mark.parametrize(("seconds", "loudness", "sound"), [(3, 0.3, "3.0"), (20, 0.0, "0.0")])
-def test_too_little_sound_to_calibrate_on(seconds, loudness, sound, tmp_path):
-    noise = np.random.default_rng(0).uniform(-loudness, loudness, seconds * 16000)
-    with pytest.raises(AudioError, match=f"hold {sound} s of sound"):
-        calibration.check_sound([clip(tmp_path / "clip.wav", noise)])
+    manifest = tmp_path / "clips.jsonl"
+    manifest.write_text(json.dumps({"audio_filepath": "clip.wav", "text": ""}) + "\n")
+    result = run("--method", "static", "--data", manifest, "--judge", reference.manifest_path(), "--out", tmp_path / "out")
+    assert (result.exit_code, result.exception.__class__) == (AudioError.exit_code, SystemExit)
+    assert f"the 1 calibration clips hold {sound} s of sound above -60 dB; at least 10 s are needed" in result.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["clip.wav", "clips.jsonl"]
 
 
 def test_a_missing_side_file_is_named(trained, applied, tmp_path):
