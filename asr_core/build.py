@@ -23,7 +23,16 @@ REPLACED = ".replaced-"
 FAILED = ".failed"
 FAILED_REASON = "FAILED.txt"
 # Sources besides the exporter's own that decide what bytes an export writes.
-SHARED_SOURCES = ("graph.py", "graph_weights.py", "compressed.py", "build.py", "tokens.py", "audio.py", "artifact.py")
+SHARED_SOURCES = (
+    "graph.py",
+    "graph_weights.py",
+    "integers.py",
+    "compressed.py",
+    "build.py",
+    "tokens.py",
+    "audio.py",
+    "artifact.py",
+)
 
 # Kinds of compact forms and what is said where an artifact does not carry them, of how many weights.
 NOTICES = {
@@ -41,7 +50,8 @@ class Exporter(Protocol):
     """What every module in ``exporters/`` offers.
 
     ``CARRIES`` lists, by precision, the kinds of compact forms (:data:`NOTICES`) that reach the artifact as they are; of a
-    precision that it doesn't list, none does. ``export`` writes only below ``folder`` and returns the tensors of its graphs; it
+    precision that it doesn't list, none does. ``ON_REQUEST``, where a module has it, are further precisions, which only some
+    checkpoints can have. ``export`` writes only below ``folder`` and returns the tensors of its graphs; it
     never writes the manifest. The module imports its converter inside ``export``, so that listing precisions costs nothing.
     """
 
@@ -60,7 +70,7 @@ def exporter(target: str) -> Exporter:
 
 def check_precision(target: str, precision: str) -> None:
     """Raise :class:`UsageError` where the target has no such precision."""
-    known = exporter(target).PRECISIONS
+    known = (*exporter(target).PRECISIONS, *getattr(exporter(target), "ON_REQUEST", ()))
     if precision not in known:
         raise UsageError(f"{target} has no precision {precision!r}; it has: {', '.join(known)}.")
 

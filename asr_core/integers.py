@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from asr_core.graph_weights import GraphWeights
 
 GROUP = 32  # neighbours in a row that share a scale
-LARGEST_CODE = 7
 SMALLEST_SCALE = 2.0**-24  # of float16
 
 
@@ -27,17 +28,35 @@ def stored(weights: GraphWeights, name: str) -> Integers:
     return replace(recorded, bits=FEW_BITS if recorded.bits <= FEW_BITS else MOST_BITS)
 
 
-def nearest(weight: torch.Tensor) -> Integers:
-    """Round float32 [N, K] to codes of 4 bits, -7 to 7, with a scale for every group of a row; for a row, if it has no groups.
+def nearest(weight: torch.Tensor, bits: int = FEW_BITS) -> Integers:
+    """Round float32 [N, K] to codes; with 4 bits every group of a row has a scale, with 8, and where groups don't fit, a row.
 
-    A scale is the group's largest magnitude over the largest code, rounded to float16 before the codes are taken: runtimes
-    whose programs hold float16 have the same numbers then.
+    A scale is the largest magnitude over the largest code, rounded to float16 before the codes are taken: runtimes whose
+    programs hold float16 have the same numbers then.
     """
     rows, columns = weight.shape
-    groups = weight.reshape(rows, -1, columns if columns % GROUP else GROUP)
-    scales = (groups.abs().amax(-1) / LARGEST_CODE).half().float().clamp(min=SMALLEST_SCALE)
-    codes = (groups / scales[..., None]).round().clamp(-LARGEST_CODE, LARGEST_CODE)
-    return Integers(codes.char().reshape(rows, columns), scales, FEW_BITS)
+    groups = weight.reshape(rows, -1, columns if bits > FEW_BITS or columns % GROUP else GROUP)
+    largest = 2 ** (bits - 1) - 1
+    scales = (groups.abs().amax(-1) / largest).half().float().clamp(min=SMALLEST_SCALE)
+    codes = (groups / scales[..., None]).round().clamp(-largest, largest)
+    return Integers(codes.char().reshape(rows, columns), scales, bits)
+
+
+def by_values(weights: GraphWeights) -> Callable[[NDArray[np.float32]], Integers]:
+    """What :func:`stored` says of a float32 matrix [N, K] in a converted graph, in which the converter has lost its name."""
+    recorded = {_digest(weights.read(name).float().numpy()): name for name in weights.names if weights.integers(name)}
+
+    def found(values: NDArray[np.float32]) -> Integers:
+        import torch
+
+        name = recorded.get(_digest(values))
+        return stored(weights, name) if name else nearest(torch.tensor(values))
+
+    return found
+
+
+def _digest(values: NDArray[np.float32]) -> bytes:
+    return hashlib.sha256(values.tobytes()).digest()
 
 
 def packed(codes: torch.Tensor) -> NDArray[np.uint8]:

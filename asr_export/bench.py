@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -97,12 +97,15 @@ def _chosen(variants: tuple[str, ...]) -> tuple[str, ...]:
     return variants
 
 
-def measure(contenders: list[Contender], rounds: int, tokens: int, threads: int) -> Samples:
-    """Seconds of every contender in every round, one warm-up round not counted: see :func:`_once`."""
+def measure(contenders: list[Contender], rounds: int, tokens: int, threads: int, *, processor: bool = False) -> Samples:
+    """Seconds of every contender in every round, one warm-up round not counted: see :func:`_once`.
+
+    With ``processor``, those that it computed: what else runs on a busy machine then counts less.
+    """
     samples: Samples = {contender.name: [] for contender in contenders}
     with ExitStack() as stack, stage_progress() as progress:
         bar = progress.add_task("benchmark", total=None, stage="load")
-        pipes = {c.name: stack.enter_context(_process(c, tokens, threads)) for c in contenders}
+        pipes = {c.name: stack.enter_context(_process(c, tokens, threads, processor=processor)) for c in contenders}
         for name, pipe in list(pipes.items()):
             needs = pipe.recv()
             if needs:
@@ -150,14 +153,14 @@ def _comparable(base: Sample, sample: Sample, part: str) -> float:
 
 
 @contextmanager
-def _process(contender: Contender, tokens: int, threads: int) -> Iterator[Connection]:
+def _process(contender: Contender, tokens: int, threads: int, *, processor: bool) -> Iterator[Connection]:
     from asr_core.isolate import THREAD_VARIABLES
 
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     # A spawned process takes the environment of the moment.
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
-    process = context.Process(target=_serve, args=(contender, tokens, threads, theirs), daemon=True)
+    process = context.Process(target=_serve, args=(contender, tokens, threads, theirs, processor), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -167,7 +170,7 @@ def _process(contender: Contender, tokens: int, threads: int) -> Iterator[Connec
         process.join()
 
 
-def _serve(contender: Contender, tokens: int, threads: int, pipe: Any) -> None:
+def _serve(contender: Contender, tokens: int, threads: int, pipe: Any, processor: bool) -> None:
     import numpy as np
 
     from asr_core.errors import UnavailableError
@@ -181,8 +184,9 @@ def _serve(contender: Contender, tokens: int, threads: int, pipe: Any) -> None:
     generator = np.random.default_rng(0)
     mel = generator.standard_normal((1, runner.dims.n_mels, 3000)).astype(np.float32)
     forced = generator.integers(0, runner.tokens.end, tokens)
+    clock = time.process_time if processor else time.perf_counter
     while pipe.recv():
-        pipe.send(_once(runner, mel, forced))
+        pipe.send(_once(runner, mel, forced, clock))
 
 
 def _open(contender: Contender, threads: int) -> Runner:
@@ -195,7 +199,7 @@ def _open(contender: Contender, threads: int) -> Runner:
     return _pytorch_variants.open(contender.path, threads, contender.variant)
 
 
-def _once(runner: Runner, mel: Any, forced: Any) -> Sample:
+def _once(runner: Runner, mel: Any, forced: Any, clock: Callable[[], float]) -> Sample:
     """Seconds to encode one window, to take in the prompt, and to decode forced tokens one by one.
 
     A runtime that decodes by itself decodes as many free tokens instead and does not tell the prompt's share: None.
@@ -209,11 +213,11 @@ def _once(runner: Runner, mel: Any, forced: Any) -> Sample:
         decoded = runner.generate(mel, DecodeOptions(max_new_tokens=len(forced)))[0]
         scale = len(forced) / max(1, len(decoded.tokens))
         return {"encode_s": decoded.timings.encode_s, "prompt_s": None, "decode_s": decoded.timings.decode_s * scale}
-    started = time.perf_counter()
+    started = clock()
     state = runner.encode(mel)
-    encoded = time.perf_counter()
+    encoded = clock()
     runner.step(np.array([runner.tokens.prompt()], np.int64), state)
-    prompted = time.perf_counter()
+    prompted = clock()
     for token in forced:
         runner.step(np.array([[token]], np.int64), state)
-    return {"encode_s": encoded - started, "prompt_s": prompted - encoded, "decode_s": time.perf_counter() - prompted}
+    return {"encode_s": encoded - started, "prompt_s": prompted - encoded, "decode_s": clock() - prompted}

@@ -1,7 +1,7 @@
 """What compression does to speed where layers are wide: `python -m asr_export.bench_compressed --out DIR`.
 
 Checkpoints of real shapes with random weights are compressed without calibration (it would change numbers, not work), exported,
-and timed by turns with their dense artifact: encoding a window, and decode steps.
+and timed by turns with their dense artifact, in seconds of the processor: encoding a window, and decode steps.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(shapes: tuple[str, ...], artifacts: tuple[str, ...], rounds: int, token
                 Contender(name, target, _exported(checkpoint, artifact, out / shape / f"{folder}-{artifact}"))
                 for name, (folder, checkpoint) in checkpoints.items()
             ]
-            found[f"{shape} {artifact}"] = measure(contenders, rounds, tokens, threads)
+            found[f"{shape} {artifact}"] = measure(contenders, rounds, tokens, threads, processor=True)
             content = {"host": report.host() | {"threads": threads}, "tokens": tokens, "samples": found}
             report.write_json(out / "samples.json", content)
     terminal = Console()

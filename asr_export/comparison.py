@@ -128,7 +128,7 @@ def _timed(contenders: list[Contender], out: Path, rounds: int, threads: int) ->
     file = out / "speeds" / f"{hashlib.sha256(named.encode()).hexdigest()[:16]}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        report.write_json(file, {"samples": measure(contenders, rounds, TOKENS, threads)})
+        report.write_json(file, {"samples": measure(contenders, rounds, TOKENS, threads, processor=True)})
     samples: Samples = json.loads(file.read_text(encoding="utf-8"))["samples"]
     return samples
 

@@ -44,7 +44,7 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
         ("TextDecoder", _decoder, precision),
     ):
         progress(name)
-        specs += package(name, describe(checkpoint), folder, weights, progress)
+        specs += package(name, describe, checkpoint, folder, weights, progress)
     for file in small_files(checkpoint.path):
         (folder / file.name).write_bytes(file.read_bytes())
     return specs

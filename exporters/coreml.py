@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,8 @@ from asr_core.artifact import TensorSpec
 from asr_core.checkpoint import Checkpoint
 from asr_core.dims import Dims, expected_shapes
 from asr_core.errors import ExportError
+from asr_core.graph_weights import FEW_BITS
+from asr_core.integers import stored
 from asr_core.isolate import Progress
 
 if TYPE_CHECKING:
@@ -30,11 +32,13 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from asr_core.graph_weights import GraphWeights
+
 STATEFUL = "-stateful"
 # Four bits need the finer palettes that only the newer runtimes have: one palette a tensor costs the carried checkpoint five
 # points of word errors.
-PRECISIONS = ("fp32", "fp16", "int8", "palette6", "fp16-stateful", "int8-stateful", "palette4-stateful")
-CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads"))
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "palette6", "fp16-stateful", "int8-stateful", "palette4-stateful")
+CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads")) | {"int4": ("factors", "heads", "int8", "int4")}
 PALETTE_BITS = {"palette6": 6, "palette4": 4}
 # Rows (columns, where their number doesn't divide) of a weight that share a palette, on runtimes that can do that.
 GROUP = 16
@@ -43,6 +47,7 @@ NEIGHBOURING = 8
 # Of the convolutions' palettes beside grouped ones: they weigh little, and their error goes into all that follows.
 STEM_BITS = 8
 MATRIX = 2  # axes
+HALVED = "_to_fp16"  # what the converter puts behind a weight's name
 # Smaller tensors (biases, norms) stay as they are: they weigh nothing.
 LEAST_COMPRESSED = 2048
 MOST_ELEMENTS = 2**31 - 1  # of one tensor: Core ML indexes with int32
@@ -97,24 +102,45 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
     specs: list[TensorSpec] = []
     for name, describe in (("encoder", _encoder), ("decoder", _stateful_step if stateful else _stateless_step)):
         progress(name)
-        specs += package(name, describe(checkpoint), folder, weights, progress, stateful=stateful)
+        specs += package(name, describe, checkpoint, folder, weights, progress, stateful=stateful)
     return specs
 
 
 def package(
-    name: str, traceable: Traceable, folder: Path, weights: str, progress: Progress, *, stateful: bool = False
+    name: str,
+    describe: Callable[[Checkpoint], Traceable],
+    checkpoint: Checkpoint,
+    folder: Path,
+    weights: str,
+    progress: Progress,
+    *,
+    stateful: bool = False,
 ) -> list[TensorSpec]:
     """Convert one graph and write ``<name>.mlpackage``; returns its inputs and outputs."""
+    traceable, palettes = describe(checkpoint), _recorded_palettes(checkpoint, weights)
     if stateful and weights in PALETTE_BITS:
-        _set_sizes_apart(traceable.module)
+        _set_sizes_apart(traceable.module, palettes)
     with _clean_conversion(name):
-        model = _convert(traceable, weights, stateful=stateful)
+        model = _convert(traceable, weights, checkpoint.graph_weights, stateful=stateful)
         _check_states(model, traceable)
         specs = _specs(name, traceable, weights)
         traceable.module = None  # its weights are in the model now
         progress(f"{name} weights")
-        _compress(model, weights, grouped=stateful).save(str(folder / f"{name}.mlpackage"))
+        _compress(model, weights, palettes, grouped=stateful).save(str(folder / f"{name}.mlpackage"))
     return specs
+
+
+def _recorded_palettes(checkpoint: Checkpoint, weights: str) -> dict[str, int]:
+    """The weights of a compressed checkpoint whose palettes the precision holds as they are, and how many each has (1 or N).
+
+    Keys are the names of a program's constants: without ``model.``.
+    """
+    found = {}
+    for name in checkpoint.graph_weights.names if weights in PALETTE_BITS else ():
+        palette = checkpoint.graph_weights.palette(name)
+        if palette is not None and palette.centroids.shape[1] <= 2 ** PALETTE_BITS[weights]:
+            found[name.removeprefix("model.")] = len(palette.centroids)
+    return found
 
 
 def problems(checkpoint: Checkpoint, precision: str) -> list[str]:
@@ -316,8 +342,10 @@ def load_weights(module: Any, prefix: str, checkpoint: Checkpoint, wanted: str =
     return module
 
 
-def _set_sizes_apart(module: torch.nn.Module) -> None:
+def _set_sizes_apart(module: torch.nn.Module, palettes: Collection[str]) -> None:
     """Replace every loaded matrix by one whose rows all reach 1, and their sizes: one palette then fits many rows.
+
+    Those of ``palettes`` have been given theirs already.
 
     A token's embedding and its row in the head stay one matrix. coremltools' own scales will not do: it takes them along the
     other axis, or multiplies the palettes out, which are then as large as the weights.
@@ -350,12 +378,10 @@ def _set_sizes_apart(module: torch.nn.Module) -> None:
         return nn.Parameter(weight / sizes[:, None]), nn.Parameter(sizes)
 
     with torch.no_grad():
-        for parent in list(module.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear) and not child.weight.is_meta:
-                    setattr(parent, name, Linear(child))
-                elif name == "embed_tokens" and isinstance(child, nn.Embedding) and not child.weight.is_meta:
-                    setattr(parent, name, Embedding(child))
+        for path, child in list(module.named_modules()):
+            kind = Linear if isinstance(child, nn.Linear) else Embedding if path.endswith("embed_tokens") else None
+            if kind and not child.weight.is_meta and f"{path}.weight" not in palettes:
+                module.set_submodule(path, kind(child))
 
 
 # --- conversion
@@ -394,7 +420,7 @@ class _Remarks(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def _convert(traceable: Traceable, weights: str, *, stateful: bool) -> Any:
+def _convert(traceable: Traceable, weights: str, graph_weights: GraphWeights, *, stateful: bool) -> Any:
     import coremltools as ct
     import numpy as np
     import torch
@@ -409,6 +435,9 @@ def _convert(traceable: Traceable, weights: str, *, stateful: bool) -> Any:
     )
     with torch.inference_mode():
         traced = torch.jit.trace(module, example, check_trace=False)
+    pipeline = ct.PassPipeline.DEFAULT
+    if weights == "int4":
+        pipeline.append_pass(_integer_pass(graph_weights))
     return ct.convert(
         traced,
         convert_to="mlprogram",
@@ -418,10 +447,51 @@ def _convert(traceable: Traceable, weights: str, *, stateful: bool) -> Any:
             ct.StateType(wrapped_type=ct.TensorType(shape=shape, dtype=np.float16), name=name)
             for name, shape in traceable.states.items()
         ],
-        minimum_deployment_target=ct.target.iOS18 if stateful else ct.target.iOS16,
+        pass_pipeline=pipeline,
+        minimum_deployment_target=ct.target.iOS18 if stateful or weights == "int4" else ct.target.iOS16,
         compute_precision=ct.precision.FLOAT32 if weights == "fp32" else ct.precision.FLOAT16,
         skip_model_load=True,
     )
+
+
+def _integer_pass(graph_weights: GraphWeights) -> str:
+    """The id of a pass over a float16 program that stores every matrix of a linear layer, and the embedding, as integers.
+
+    coremltools can only round by itself.
+    """
+    import numpy as np
+    from coremltools.converters.mil.mil import Builder, types
+    from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
+    from coremltools.converters.mil.mil.passes.helper import block_context_manager
+    from coremltools.converters.mil.mil.passes.pass_registry import register_pass
+
+    matrices = {
+        name.removeprefix("model.") + HALVED: name
+        for name in graph_weights.names
+        if len(graph_weights.shape(name)) == MATRIX and "embed_positions" not in name
+    }
+
+    @register_pass(namespace="common", override=True)
+    class store_integers(AbstractGraphPass):  # type: ignore[misc]  # noqa: N801 - named as coremltools names its passes
+        @block_context_manager  # type: ignore[untyped-decorator]
+        def _store(self, block: Any) -> None:
+            for op in [op for op in block.operations if op.op_type == "const" and op.name in matrices]:
+                integers = stored(graph_weights, matrices[op.name])
+                dtype = types.np_int4_dtype if integers.bits == FEW_BITS else np.int8
+                weight = Builder.constexpr_blockwise_shift_scale(
+                    data=integers.codes.numpy().astype(dtype),
+                    scale=integers.scales.numpy().astype(np.float16),
+                    name=f"{op.name}_integers",
+                    before_op=op,
+                )
+                block.replace_uses_of_var_after_op(op, op.outputs[0], weight, no_check_var_types=True)
+                block.remove_ops([op])
+
+        def apply(self, prog: Any) -> None:
+            for function in prog.functions.values():
+                self._store(function)
+
+    return "common::store_integers"
 
 
 def _check_states(model: Any, traceable: Traceable) -> None:
@@ -434,7 +504,7 @@ def _check_states(model: Any, traceable: Traceable) -> None:
         raise ExportError(f"Core ML's converter lost the updates of the states {', '.join(lost)}.")
 
 
-def _compress(model: Any, weights: str, *, grouped: bool) -> Any:
+def _compress(model: Any, weights: str, recorded: Mapping[str, int], *, grouped: bool) -> Any:
     """The model with weights of fewer bits; one palette a tensor, or one a group of channels where the runtime can do that."""
     import coremltools.optimize.coreml as cto
 
@@ -442,7 +512,8 @@ def _compress(model: Any, weights: str, *, grouped: bool) -> Any:
         row_scales = cto.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=LEAST_COMPRESSED)
         return cto.linear_quantize_weights(model, _but_positions(model, cto.OptimizationConfig(global_config=row_scales)))
     if weights in PALETTE_BITS:
-        return cto.palettize_weights(model, _but_positions(model, _palettes(model, PALETTE_BITS[weights], grouped=grouped)))
+        palettes = _palettes(model, PALETTE_BITS[weights], recorded, grouped=grouped)
+        return cto.palettize_weights(model, _but_positions(model, palettes))
     return model
 
 
@@ -456,26 +527,32 @@ def _but_positions(model: Any, config: Any) -> Any:
     return config
 
 
-def _palettes(model: Any, bits: int, *, grouped: bool) -> Any:
+def _palettes(model: Any, bits: int, recorded: Mapping[str, int], *, grouped: bool) -> Any:
+    """How every weight shares palettes; those of ``recorded`` as :func:`_recorded_palettes` found them."""
     import coremltools.optimize.coreml as cto
 
-    def palette(axis: int | None = None, bits: int = bits) -> Any:
+    def palette(axis: int | None = None, bits: int = bits, group: int = GROUP) -> Any:
         sharing = {"granularity": "per_tensor"} if axis is None else {
-            "granularity": "per_grouped_channel", "group_size": GROUP, "channel_axis": axis
+            "granularity": "per_grouped_channel", "group_size": group, "channel_axis": axis
         }  # fmt: skip
         return cto.OpPalettizerConfig(
             mode="custom", lut_function=lambda values: cluster(values, bits), weight_threshold=LEAST_COMPRESSED, **sharing
         )
 
-    def fitting(shape: tuple[int, ...]) -> Any:
+    def fitting(name: str, shape: tuple[int, ...]) -> Any:
         if len(shape) < MATRIX:
             return None  # sizes of rows
-        return palette(_group_axis(shape)) if len(shape) == MATRIX else palette(bits=STEM_BITS)
+        if len(shape) > MATRIX:
+            return palette(bits=STEM_BITS)
+        count = recorded.get(name.removesuffix(HALVED))
+        if count is None:
+            return palette(_group_axis(shape))
+        return palette() if count == 1 else palette(0, group=1)
 
     config = cto.OptimizationConfig(global_config=palette())
     if grouped:
         for name, weight in cto.get_weights_metadata(model, weight_threshold=LEAST_COMPRESSED).items():
-            config.set_op_name(name, fitting(weight.val.shape))
+            config.set_op_name(name, fitting(name, weight.val.shape))
     return config
 
 
@@ -492,7 +569,10 @@ def cluster(values: NDArray[np.float16], bits: int) -> tuple[NDArray[np.float16]
     from coremltools._deps import kmeans1d
 
     bit_patterns = np.ascontiguousarray(values).view(np.uint16).ravel()
-    each = np.bincount(bit_patterns, minlength=2**16).reshape(-1, NEIGHBOURING)
+    each = np.bincount(bit_patterns, minlength=2**16)
+    # Values that are a palette's already stay apart.
+    together = 1 if np.count_nonzero(each) <= 2**bits else NEIGHBOURING
+    each = each.reshape(-1, together)
     possible = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float64).reshape(each.shape)
     counts, sums = each.sum(1), (np.where(each, possible, 0.0) * each).sum(1)
     present = np.flatnonzero(counts)
@@ -501,7 +581,7 @@ def cluster(values: NDArray[np.float16], bits: int) -> tuple[NDArray[np.float16]
     palette[: len(found.centroids)] = found.centroids
     index = np.zeros(len(counts), np.uint8)
     index[present] = found.clusters
-    return palette, index[bit_patterns // NEIGHBOURING]
+    return palette, index[bit_patterns // together]
 
 
 def _specs(graph: str, traceable: Traceable, weights: str) -> list[TensorSpec]:

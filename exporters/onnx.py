@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,11 @@ if TYPE_CHECKING:
     from asr_core.graph_weights import GraphWeights
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-INTEGERS = {"int8": ("int8",), "int4": ("int8", "int4")}
-CARRIES = {precision: ("factors", "heads", *INTEGERS.get(precision, ())) for precision in PRECISIONS}
+# With ranges of activations that the checkpoint's record must have; only the encoder's are used.
+STATIC = "int8-static"
+ON_REQUEST = (STATIC,)
+INTEGERS = {"int8": ("int8",), STATIC: ("int8",), "int4": ("int8", "int4")}
+CARRIES = {precision: ("factors", "heads", *INTEGERS.get(precision, ())) for precision in (*PRECISIONS, *ON_REQUEST)}
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 HEAD = "decoder.embed_tokens.weight"  # the embedding, which is the tied head too
@@ -47,6 +51,8 @@ FLOAT_INPUTS = {"mel", "input_features", "encoder_hidden_states"}
 FLOAT_OUTPUTS = {"encoder_states", "last_hidden_state"}
 ROWS = 4096  # rows that are quantised at once: bounds the temporaries
 LARGEST_Q8 = 127  # of signed 8-bit weights
+# Weights of the encoder's graph whose inputs are rounded by range; a left factor's are what the right one made.
+AUDIO_LINEAR = re.compile(r"model\.(encoder\..*(_proj|fc[12])|decoder\..*encoder_attn\.[kv]_proj)(\.right)?\.weight$")
 SIGNS = {8: 0x80, 4: 0x88}  # that MatMulNBits' unsigned weights have the other way round, of each byte
 BYTE, FEW = 8, 4  # bits of a code
 
@@ -54,7 +60,12 @@ Shape = Sequence[int | str]
 
 
 def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progress) -> list[TensorSpec]:
-    """Write ``encoder.onnx`` and ``decoder.onnx`` with their data files; returns their inputs and outputs."""
+    """Write ``encoder.onnx`` and ``decoder.onnx`` with their data files; returns their inputs and outputs.
+
+    Raises :class:`ExportError` where the precision needs ranges of activations that the checkpoint does not have.
+    """
+    if precision == STATIC:
+        _check_ranges(checkpoint.graph_weights)
     specs: list[TensorSpec] = []
     for name, describe in (("encoder", _encoder), ("decoder", _decoder)):
         progress(f"{name} graph")
@@ -62,6 +73,16 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
         progress(f"{name} weights")
         specs += ship(model, name, folder / f"{name}.onnx")
     return specs
+
+
+def _check_ranges(weights: GraphWeights) -> None:
+    """Raise where any linear layer that reads audio, other than a second factor, has no range of its inputs."""
+    lacking = [name for name in weights.names if AUDIO_LINEAR.search(name) and weights.inputs(name) is None]
+    if lacking:
+        raise ExportError(
+            f"{STATIC} needs the ranges of the encoder's activations, and this checkpoint has none of {lacking[0]} "
+            f"({len(lacking)} layers). Find them: asr-compress --method static --out FOLDER, and export that."
+        )
 
 
 def draft(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, precision: str, kind: str) -> ir.Model:
@@ -194,6 +215,7 @@ class _Rewriter:
         self.graph = graph
         self.weights = weights
         self.precision = precision
+        self._rounding: dict[tuple[ir.Value, float, int], tuple[ir.Value, ir.Value, ir.Value]] = {}
 
     def run(self, name: str) -> None:
         """Rewrite in place; ``name`` is ``encoder`` or ``decoder``."""
@@ -322,7 +344,7 @@ class _Rewriter:
             last, bias = consumer, consumer.inputs[1]
         packing = self._packing(weight, graph_name)
         if graph_name == "encoder" and packing.bits == BYTE and packing.groups == 1:
-            product = self._dynamic_int8(last, node.inputs[0], weight, packing, bias)
+            product = self._int8(last, node.inputs[0], weight, packing, bias)
         else:
             product = self._blockwise(last, node.inputs[0], weight, packing, bias, ACCURACY_LEVEL[graph_name])
         _replace(last.outputs[0], product)
@@ -343,8 +365,11 @@ class _Rewriter:
         block = _block(k)
         return Packing(BYTE, block or BLOCKS[-1], k // block if block and graph_name == "decoder" else 1)
 
-    def _dynamic_int8(self, before: ir.Node, x: ir.Value, weight: ir.Value, packing: Packing, bias: ir.Value | None) -> ir.Value:
-        """8-bit activations and weights, one scale a column: the fastest for many rows at once."""
+    def _int8(self, before: ir.Node, x: ir.Value, weight: ir.Value, packing: Packing, bias: ir.Value | None) -> ir.Value:
+        """8-bit activations and weights, one scale a column: the fastest for many rows at once.
+
+        Activations are rounded to their own range each time, or to the one that was calibrated.
+        """
         import onnx_ir as ir
 
         (n, k), name = weight.shape, weight.name
@@ -357,7 +382,24 @@ class _Rewriter:
 
         q8 = self._initializer(f"{name}.T_int8", ir.DataType.INT8, (k, n), codes)
         scale = self._initializer(f"{name}.scale", ir.DataType.FLOAT, (n,), scales)
-        return self._insert(before, "DynamicQuantizeMatMul", [x, q8, scale, None, bias], CONTRIB)
+        inputs = self.weights.inputs(f"model.{name}") if self.precision == STATIC else None
+        if inputs is None:
+            return self._insert(before, "DynamicQuantizeMatMul", [x, q8, scale, None, bias], CONTRIB)
+        x8, x_scale, x_zero = self._rounded(before, x, *inputs)
+        return self._insert(before, "MatMulIntegerToFloat", [x8, q8, x_scale, scale, x_zero, None, bias], CONTRIB)
+
+    def _rounded(self, before: ir.Node, x: ir.Value, scale: float, zero: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """A value in unsigned 8 bits, its scale and its zero: one of each for all layers that read it."""
+        import numpy as np
+        import onnx_ir as ir
+
+        key = (x, scale, zero)
+        if key not in self._rounding:
+            constants = [
+                self._insert(before, "Constant", [], value=ir.tensor(number)) for number in (np.float32(scale), np.uint8(zero))
+            ]
+            self._rounding[key] = (self._insert(before, "QuantizeLinear", [x, *constants]), constants[0], constants[1])
+        return self._rounding[key]
 
     def _blockwise(
         self, before: ir.Node, x: ir.Value, weight: ir.Value, packing: Packing, bias: ir.Value | None, accuracy_level: int

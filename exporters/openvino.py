@@ -19,13 +19,19 @@ from asr_core.artifact import TensorSpec
 from asr_core.checkpoint import Checkpoint
 from asr_core.dims import Dims
 from asr_core.errors import ExportError
+from asr_core.graph_weights import FEW_BITS
+from asr_core.integers import by_values, packed
 from asr_core.isolate import Progress
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import nn
 
-PRECISIONS = ("fp32", "fp16", "int8")
-CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads"))
+    from asr_core.graph_weights import GraphWeights, Integers
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads")) | {"int4": ("factors", "heads", "int8", "int4")}
 ENCODER = "openvino_encoder_model"
 DECODER = "openvino_decoder_model"
 TOKENIZER = "openvino_tokenizer"
@@ -36,6 +42,7 @@ DECODER_PREFIX = "model.decoder."
 TRACED_BATCH = 2
 TRACED_TOKENS = 3
 TRACED_PAST = 5
+LEAST_HALVED = 1024  # values, beside integers: smaller constants stay as they are
 # Names of the dynamic axes, where they are more than the batch.
 AXES = {
     "input_ids": ("batch", "tokens"),
@@ -56,6 +63,8 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
         with _refusals(part), _quiet():
             model = convert(checkpoint)
             tensors += _specs(model, part)
+            if precision == "int4":
+                _to_integers(model, checkpoint.graph_weights)
             _save(model, folder / f"{file}.xml", precision)
             del model
     progress("tokenizer")
@@ -256,6 +265,57 @@ def _save(model: Any, file: Path, precision: str) -> None:
     if precision == "int8":
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
     ov.save_model(model, file, compress_to_fp16=precision == "fp16")
+
+
+def _to_integers(model: Any, weights: GraphWeights) -> None:
+    """Store every matrix that is multiplied with or looked up as integers, and every other large constant in half precision.
+
+    The plugin keeps integers as they are in memory, too, where they come as nncf writes them: converted, scaled, reshaped.
+    nncf itself can't be given codes.
+    """
+    import openvino as ov
+
+    integers = by_values(weights)
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.f32:
+            continue
+        targets, values = node.output(0).get_target_inputs(), node.data
+        if any((target.get_node().get_type_name(), target.get_index()) == ("MatMul", 1) for target in targets):
+            replaced = _dequantised(integers(values))
+        elif values.size >= LEAST_HALVED:
+            replaced = _in_halves(values)
+        else:
+            continue
+        for target in targets:
+            target.replace_source_output(replaced.output(0))
+
+
+def _dequantised(integers: Integers) -> Any:
+    """Codes of 4 or 8 bits as a float32 matrix [N, K]."""
+    import numpy as np
+    import openvino as ov
+    from openvino import opset13 as op
+
+    shape = [*integers.scales.shape, -1]
+    if integers.bits == FEW_BITS:
+        codes = ov.Tensor(ov.Type.i4, integers.codes.reshape(shape).shape)
+        codes.data[:] = packed(integers.codes).view(codes.data.dtype)
+    else:
+        codes = integers.codes.reshape(shape).numpy()
+    scales = _in_halves(integers.scales[..., None].numpy(), exactly=True)
+    weight = op.multiply(op.convert(op.constant(codes), np.float32), scales)
+    return op.reshape(weight, np.array(integers.codes.shape), special_zero=False)
+
+
+def _in_halves(values: NDArray[np.float32], *, exactly: bool = False) -> Any:
+    """Values kept in half precision; as they are where they are beyond it, or would change though they must not."""
+    import numpy as np
+    from openvino import opset13 as op
+
+    with np.errstate(over="ignore"):
+        halves = values.astype(np.float16)
+    fits = (halves == values).all() if exactly else np.isfinite(halves).all()
+    return op.convert(op.constant(halves), np.float32) if fits else op.constant(values)
 
 
 def _save_tokenizers(checkpoint: Path, folder: Path) -> None:

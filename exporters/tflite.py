@@ -9,13 +9,14 @@ Axes: T new tokens, F audio positions (1500), D model width, H heads, E = D / H.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import math
 import mmap
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,18 +24,24 @@ from asr_core.artifact import TensorSpec
 from asr_core.checkpoint import Checkpoint
 from asr_core.dims import Dims, expected_shapes
 from asr_core.errors import ExportError
+from asr_core.graph_weights import FEW_BITS, MOST_BITS
+from asr_core.integers import by_values, nearest
 from asr_core.isolate import Progress
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from asr_core import graph
+    from asr_core.graph_weights import Integers
 
-PRECISIONS = ("fp32", "fp16", "int8")
-CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads"))
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads")) | {"int4": ("factors", "heads", "int8", "int4")}
 MODEL = "model.tflite"
 FLOAT_MODEL = "float32.tflite"
-BYTES_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 1}
+BYTES_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.5625}
+BLOCKS = (32, 64, 128, 256)  # neighbours in a row that may share a scale, if not all of a row do
 LARGEST_FILE = 2**31 - 1  # bytes: offsets in a flatbuffer have 32 bits, one of them for the sign
 # The signatures of the decoder and their new tokens. The first one becomes the file's main graph, whose tensors a host can
 # write in place. The runtime packs the weights anew for every signature, so a second prefill size would cost their size in
@@ -57,7 +64,7 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
     else:
         progress("quantize")
         with _refusals("quantize"), _quiet():
-            _quantize(converted, model, precision)
+            _quantize(converted, model, precision, checkpoint)
         converted.unlink()
     progress("verify")
     _check_graphs(model)
@@ -69,7 +76,7 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
 def _check_size(dims: Dims, precision: str) -> None:
     """Refuse what does not fit into a file."""
     weights = sum(math.prod(shape) for shape in expected_shapes(dims).values())
-    needed = {"the float32 file that every conversion begins with": 4 * weights}
+    needed: dict[str, float] = {"the float32 file that every conversion begins with": 4 * weights}
     if precision != "fp32":
         needed[f"the {precision} file"] = BYTES_A_WEIGHT[precision] * weights
     reasons = [f"{what} would take {size / 1e9:.2f} GB" for what, size in needed.items() if size > LARGEST_FILE]
@@ -224,15 +231,82 @@ def _step(decoder: graph.Decoder, count: int, alignment_heads: list[tuple[int, i
 # --- quantising
 
 
-def _quantize(source: Path, target: Path, precision: str) -> None:
+def _quantize(source: Path, target: Path, precision: str, checkpoint: Checkpoint) -> None:
     from ai_edge_quantizer import quantizer, recipe
 
-    if precision == "int8":
-        run = quantizer.Quantizer(str(source), recipe.dynamic_wi8_afp32())
-    else:
+    if precision == "fp16":
         run = quantizer.Quantizer(str(source))
         _store_halves(run)
+    else:
+        run = quantizer.Quantizer(str(source), recipe.dynamic_wi8_afp32())
+        if precision == "int4":
+            _store_integers(run, checkpoint)
     run.quantize().export_model(str(target))
+
+
+def _store_integers(run: Any, checkpoint: Checkpoint) -> None:
+    """Ask for the matrices of linear layers, and the embedding, as integers of this project's choice.
+
+    The quantiser's own algorithms would change recorded codes: they choose scales from a weight's largest value, or guess them
+    from the values that occur. The guessing one, which nothing else here uses, is replaced: no new one can be named.
+    """
+    from ai_edge_quantizer import algorithm_manager as manager
+    from ai_edge_quantizer import qtyping
+    from ai_edge_quantizer.algorithms.uniform_quantize import common_quantize
+    from ai_edge_quantizer.algorithms.uniform_quantize import naive_min_max_quantize as rounding
+
+    parameters = functools.partial(_parameters, by_values(checkpoint.graph_weights), checkpoint.dims.n_text_ctx)
+    materialize = {
+        qtyping.TFLOperationName.FULLY_CONNECTED: common_quantize.materialize_fc_conv,
+        qtyping.TFLOperationName.EMBEDDING_LOOKUP: common_quantize.materialize_embedding_lookup,
+    }
+    key = manager.AlgorithmName.DEQUANTIZED_WEIGHT_RECOVERY
+    for operation, function in materialize.items():
+        materialized = functools.partial(function, parameters)
+        manager.register_quantized_op(key, operation, rounding.init_qsvs, rounding.min_max_calibrate, materialized)
+        run.update_quantization_recipe(
+            regex=".*",
+            operation_name=operation,
+            op_config=qtyping.OpQuantizationConfig(
+                weight_tensor_config=qtyping.TensorQuantizationConfig(
+                    num_bits=4, granularity=qtyping.QuantGranularity.BLOCKWISE_32
+                ),
+                compute_precision=qtyping.ComputePrecision.INTEGER,
+            ),
+            algorithm_key=key,
+        )
+
+
+def _parameters(
+    integers: Callable[[NDArray[np.float32]], Integers],
+    positions: int,
+    operation: Any,
+    _config: Any,
+    content: NDArray[np.float32],
+    _observed: Any = None,
+) -> Any:
+    """How the quantiser stores a weight ``content`` [N, K]; position embeddings in 8 bits, as their error goes everywhere.
+
+    Scales of blocks are rounded to 8 bits: the file format's kernels want it so.
+    """
+    import numpy as np
+    import torch
+    from ai_edge_quantizer import qtyping
+
+    looked_up = operation.op_name == qtyping.TFLOperationName.EMBEDDING_LOOKUP
+    made = nearest(torch.tensor(content), MOST_BITS) if looked_up and len(content) == positions else integers(content)
+    if made.scales.shape[1] > 1 and (made.bits > FEW_BITS or content.shape[1] // made.scales.shape[1] not in BLOCKS):
+        made = nearest(torch.tensor(content), made.bits)  # the file format has no such blocks
+    block = content.shape[1] // made.scales.shape[1] if made.scales.shape[1] > 1 else 0
+    return qtyping.UniformQuantParams(
+        num_bits=made.bits,
+        quantized_dimension=1 if block else 0,
+        scale=made.scales.numpy(),
+        zero_point=np.zeros(made.scales.shape, np.int32),
+        symmetric=True,
+        quantized_data=made.codes.numpy(),
+        block_size=block,
+    )
 
 
 def _store_halves(run: Any) -> None:

@@ -18,7 +18,7 @@ from asr_core.artifact import Artifact
 from asr_core.decode import Logits, Mel
 from asr_core.errors import ArtifactError
 from runners.base import WithoutAttention
-from runners.coreml import MACOS, STATELESS_MACOS, check_system, open_model
+from runners.coreml import FIRST_MACOS, MACOS, check_system, open_model
 
 MASKED = -10000.0  # what WhisperKit fills its padding mask with
 MEL_TOLERANCE = 1e-3  # of features between about -1 and 1.5, float32 against our own front end; float32 sums differ by 1e-5
@@ -38,13 +38,13 @@ class WhisperKitRunner(WithoutAttention):
     """The programs of one artifact."""
 
     timed = MACOS
-    timing_needs = f"macOS {STATELESS_MACOS}+"
+    timing_needs = f"macOS {FIRST_MACOS}+"
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self.folder = artifact.path
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
-        check_system(stateful=False)
+        check_system(newer=False)
         self._mel, self._encoder, self._decoder = (
             open_model(artifact.path / f"{name}.mlpackage", [], threads)
             for name in ("MelSpectrogram", "AudioEncoder", "TextDecoder")

@@ -8,13 +8,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from asr_core import registry
 from asr_core.audio import WINDOW_FRAMES
-from runners.base import StepRunner
+from asr_core.decode import Mel
+from asr_core.dims import Dims
+from asr_core.tokens import TokenIds
 
 ENCODE, STEP = "encode", "step"
 WARM_UP = 2  # calls of each kind that are not counted: allocations and lazy compilation
@@ -44,10 +47,26 @@ class Call:
     events: Sequence[Event]
 
 
+class Stepping(Protocol):
+    """What is profiled: a step runner, or what does its work."""
+
+    dims: Dims
+    tokens: TokenIds
+
+    def encode(self, mel: Mel) -> Any:
+        """Float32 [1, n_mels, 3000] → a state."""
+
+    def step(self, tokens: NDArray[np.int64], state: Any) -> Any:
+        """One token, int64 [1, 1]."""
+
+
 class Profiled(Protocol):
     """A runner whose runtime is profiled."""
 
-    runner: StepRunner
+    @property
+    def runner(self) -> Stepping:
+        """What to run."""
+        ...
 
     def told(self) -> dict[str, list[list[Event]]]:
         """The events of every call so far, in order, by part; ends the profiling."""

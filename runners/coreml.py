@@ -27,8 +27,9 @@ from runners.base import StepRunner
 COMPUTE_UNITS = "ASR_EXPORT_COMPUTE_UNITS"
 UNITS = ("all", "cpu_and_ne", "cpu_only")
 MACOS = sys.platform == "darwin"
-# The first macOS that runs a program without, and one with states.
-STATELESS_MACOS, STATEFUL_MACOS = 13, 15
+# The first macOS that runs a program, and one with states or of a precision with weights that came later.
+FIRST_MACOS, NEWER_MACOS = 13, 15
+NEWER = ("int4",)
 # What coremltools imports wherever it finds it, and what nothing here needs.
 NEIGHBOURS = ("executorch", "sklearn", "tensorflow", "torchao", "torchvision", "transformers", "xgboost")
 
@@ -92,7 +93,7 @@ class CoreMLRunner(StepRunner):
     """Encoder and decoder step of one artifact; the programs take one window and one token at a time."""
 
     timed = MACOS
-    timing_needs = f"macOS {STATELESS_MACOS}+"
+    timing_needs = f"macOS {FIRST_MACOS}+"
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self.folder = artifact.path
@@ -103,7 +104,7 @@ class CoreMLRunner(StepRunner):
         self._past = [spec for spec in inputs if spec.name.startswith("past_")]
         self._cross = [spec.name for spec in inputs if spec.name.startswith("cross_")]
         states = [] if self._past else [name.replace("cross_", "past_", 1) for name in self._cross]
-        check_system(stateful=bool(states))
+        check_system(newer=bool(states) or artifact.manifest.precision in NEWER)
         self._encoder = self._open(artifact.path / "encoder.mlpackage", [], threads)
         self._decoder = self._open(artifact.path / "decoder.mlpackage", states, threads)
 
@@ -193,12 +194,12 @@ def open_model(package: Path, state_names: list[str], threads: int) -> Model:
     return _mil.Program(package)
 
 
-def check_system(*, stateful: bool) -> None:
+def check_system(*, newer: bool) -> None:
     """Raise :class:`UnavailableError` where neither Core ML nor the interpreter can run the artifact."""
     if not MACOS:
         registry.require("coreml", "pytorch")
         return
-    needed = STATEFUL_MACOS if stateful else STATELESS_MACOS
+    needed = NEWER_MACOS if newer else FIRST_MACOS
     version = platform.mac_ver()[0]
     if int(version.partition(".")[0]) < needed:
         raise UnavailableError(f"this artifact needs macOS {needed}+; this is {version}.")

@@ -172,14 +172,14 @@ class TFLiteRunner(StepRunner):
 
 
 def _interpreter(model: Path, threads: int) -> Interpreter:
-    with _without_greeting():
+    with without_greeting():
         interpreter = Interpreter(str(model), num_threads=threads)
         interpreter.allocate_tensors()
     return interpreter
 
 
 @contextlib.contextmanager
-def _without_greeting() -> Iterator[None]:
+def without_greeting() -> Iterator[None]:
     """The runtime writes to the standard error, past Python's, that it made a delegate; its errors come as exceptions."""
     kept = os.dup(STDERR)
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -17,6 +17,8 @@ from transformers import WhisperForConditionalGeneration
 from asr_core import graph
 from asr_core.artifact import Artifact
 from asr_core.checkpoint import Checkpoint
+from asr_core.errors import ExportError
+from exporters import onnx as exporter
 from exporters.onnx import PRECISIONS, nearest_int8
 from runners import onnx as runner
 
@@ -242,6 +244,79 @@ def test_int4_says_what_plain_transformers_says_of_the_same_weights(recorded, ex
     assert np.abs(opened.encoder_states(mel) - states).max() < 0.03 * np.abs(states).max()
     logits = opened.step(np.array([tokens]), opened.encode(mel))
     assert np.abs(logits - found.logits.numpy()).max() < 0.05 * np.abs(found.logits.numpy()).max()
+
+
+@pytest.fixture(scope="module")
+def ranged(shape_folder, tmp_path_factory) -> Checkpoint:
+    """A checkpoint with 8-bit weights and the ranges of its activations on one noise."""
+    from compressors import folder, integers, ranges
+    from compressors.model import Form, Model
+
+    source = Checkpoint.open(shape_folder("mini"))
+    model = Model.open(source)
+    heard = extremes(source.path)
+    tensors, forms = {}, {}
+    for name, (low, high) in heard.items():
+        made = integers.nearest(model.tensors[name], 8, None)
+        tensors[name] = made.weight
+        forms[name] = Form({"codes": made.codes, "scales": made.scales, **ranges.parts(low, high)}, 8)
+    changed = model.changed(tensors, forms)
+    return folder.write(tmp_path_factory.mktemp("ranged") / "mini", source, changed, [], [], None)[0]
+
+
+NOISE = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
+
+
+def extremes(path: Path) -> dict[str, tuple[float, float]]:
+    """The lowest and highest input of every linear layer of plain transformers."""
+    heard: dict[str, tuple[float, float]] = {}
+
+    def hear(name: str):
+        def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            heard[name] = (min(0.0, float(inputs[0].min())), max(0.0, float(inputs[0].max())))
+
+        return hook
+
+    run_hooked(path, hear)
+    return heard
+
+
+def run_hooked(path: Path, hook) -> np.ndarray:
+    model = WhisperForConditionalGeneration.from_pretrained(path).eval()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "proj_out":
+            module.register_forward_pre_hook(hook(f"{name}.weight"))
+    with torch.inference_mode():
+        found = model(NOISE, decoder_input_ids=torch.tensor([[50258]]))
+    return found.encoder_last_hidden_state.numpy()
+
+
+def test_static_activations_are_rounded_to_their_ranges(ranged, export_here):
+    """Against plain transformers whose linear layers hear rounded inputs."""
+
+    def rounded(name: str):
+        scale, zero = ranged.graph_weights.inputs(name)
+
+        def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+            return ((inputs[0] / scale).round() + zero).clamp(0, 255).sub(zero) * scale
+
+        return hook
+
+    artifact = export_here(ranged.path, "onnx", "int8-static")
+    graph_ = onnx.load(artifact.path / "encoder.onnx", load_external_data=False).graph
+    kinds = [node.op_type for node in graph_.node]
+    # 2 layers of q, k, v, out, fc1, fc2, and the keys and values of 2 decoder layers; one rounding for all who hear the same
+    assert (kinds.count("MatMulIntegerToFloat"), kinds.count("QuantizeLinear")) == (2 * 6 + 4, 2 * 4 + 1)
+    assert not {"DynamicQuantizeMatMul", "MatMulNBits"} & set(kinds)
+    theirs, whole = run_hooked(ranged.path, rounded), run_hooked(ranged.path, lambda name: lambda *_: None)
+    ours = runner.open(artifact.path, 1).encoder_states(NOISE.numpy())
+    # An input between two steps may fall on the other one: a rest of what rounding does.
+    assert np.linalg.norm(ours - theirs) < 0.2 * np.linalg.norm(theirs - whole)
+
+
+def test_static_activations_need_ranges(shape_folder, tmp_path):
+    with pytest.raises(ExportError, match=r"none of model\.decoder\.layers\.0\.encoder_attn\.k_proj\.weight \(16 layers\)"):
+        exporter.export(Checkpoint.open(shape_folder("mini")), tmp_path, "int8-static", lambda stage: None)
 
 
 @pytest.mark.parametrize("block", [16, 64])
