@@ -17,6 +17,7 @@ from asr_core import artifact, isolate, processes, registry, tokens
 from asr_core.artifact import MANIFEST, Artifact, Manifest, TensorSpec
 from asr_core.checkpoint import Checkpoint
 from asr_core.errors import ArtifactError, StorageError, UsageError
+from asr_core.graph_weights import PALETTE_BITS, palettes
 
 PARTIAL = ".partial-"
 REPLACED = ".replaced-"
@@ -41,7 +42,11 @@ NOTICES = {
     "silent": "heads that were removed from the decoder's attentions ({count}) are stored and computed as zeros",
     "int8": "weights of 8-bit codes ({count}) are stored in the precision's own form",
     "int4": "weights of 4-bit or smaller codes ({count}) are stored in the precision's own form",
-    "palettes": "clustered weights ({count}) are stored without their palettes",
+    **{
+        palettes(count, 2**bits): f"clustered weights ({{count}}, indices of {bits} bits) are stored without their palettes"
+        for count in (1, 2)
+        for bits in PALETTE_BITS
+    },
     "zeros": "the zeros of pruned weights ({count}) are stored and computed like other values",
 }
 

@@ -24,6 +24,7 @@ SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 INNER = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "v_proj.weight", "v_proj.bias")
 OUTPUT = "out_proj.weight"
 MOST_BITS, FEW_BITS = 8, 4  # of a code
+PALETTE_BITS = (4, 6, 8)  # of an index, as runtimes have them
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class _Source:
     name: str
     side: Literal["left", "right"] | None = None
     axis: int = 0
-    kept: torch.Tensor | None = None
+    kept: list[int] | None = None
 
 
 class GraphWeights:
@@ -82,8 +83,8 @@ class GraphWeights:
         parts = {name: "kept_rows" for name in INNER if name.endswith("weight")} | {OUTPUT: "kept_columns"}
         if any(part not in self._forms.parts(f"{attention}.{name}") for name, part in parts.items()):
             return
-        kept, *others = [self._forms.part(f"{attention}.{name}", part) for name, part in parts.items()]
-        if _blocks(kept, width) is None or not all(kept.equal(other) for other in others):
+        kept, *others = [self._forms.places(f"{attention}.{name}", part) for name, part in parts.items()]
+        if _blocks(kept, width) is None or any(kept != other for other in others):
             return
         for name in (*INNER, OUTPUT):
             full = f"{attention}.{name}"
@@ -97,7 +98,8 @@ class GraphWeights:
         for name in self._forms.names:
             parts = self._forms.parts(name)
             counts["factors"] += self._forms.rank(name) is not None
-            counts["palettes"] += "centroids" in parts
+            if "centroids" in parts:
+                counts[palettes(*self._forms.shape(name, "centroids"))] += 1
             counts["zeros"] += "mask" in parts
             if parts & {"codes", "left_codes"}:
                 counts["int4" if (self._forms.bits(name) or MOST_BITS) <= FEW_BITS else "int8"] += 1
@@ -128,7 +130,7 @@ class GraphWeights:
         if source.side:
             return factor(self._forms.read(source.name), source.side)
         whole = self._weights.read(source.name)
-        return whole if source.kept is None else whole.index_select(source.axis, source.kept)
+        return whole if source.kept is None else _chosen(whole, source.axis, source.kept)
 
     def integers(self, name: str) -> Integers | None:
         """What the record has as this tensor's integers, None where there are none."""
@@ -141,14 +143,14 @@ class GraphWeights:
         scales = parts[f"{prefix}scales"].expand(len(codes), -1)
         if source.kept is not None:
             group = codes.shape[1] // scales.shape[1]
-            codes = codes.index_select(source.axis, source.kept)
+            codes = _chosen(codes, source.axis, source.kept)
             if source.axis == 0:
-                scales = scales.index_select(0, source.kept)
+                scales = _chosen(scales, 0, source.kept)
             elif scales.shape[1] > 1:
                 groups = _blocks(source.kept, group)
                 if groups is None:  # some lost a part of their columns
                     return None
-                scales = scales.index_select(1, groups)
+                scales = _chosen(scales, 1, groups)
         return Integers(codes.contiguous(), scales.contiguous(), self._forms.bits(source.name) or MOST_BITS)
 
     def palette(self, name: str) -> Palette | None:
@@ -159,9 +161,9 @@ class GraphWeights:
         parts = self._forms.read(source.name)
         centroids, indices = parts["centroids"], parts["indices"]
         if source.kept is not None:
-            indices = indices.index_select(source.axis, source.kept)
+            indices = _chosen(indices, source.axis, source.kept)
             if source.axis == 0 and len(centroids) > 1:
-                centroids = centroids.index_select(0, source.kept)
+                centroids = _chosen(centroids, 0, source.kept)
         return Palette(centroids, indices)
 
     def inputs(self, name: str) -> tuple[float, int] | None:
@@ -172,8 +174,19 @@ class GraphWeights:
         return float(self._forms.part(source.name, "input_scale")), int(self._forms.part(source.name, "input_zero"))
 
 
-def _blocks(kept: torch.Tensor, size: int) -> torch.Tensor | None:
+def palettes(count: int, size: int) -> str:
+    """The kind of compact form that ``count`` palettes of ``size`` values are, by the bits of an index."""
+    bits = next(bits for bits in PALETTE_BITS if size <= 2**bits)
+    return f"palettes{bits}" if count == 1 else f"row palettes{bits}"
+
+
+def _chosen(tensor: torch.Tensor, axis: int, places: list[int]) -> torch.Tensor:
+    import torch
+
+    return tensor.index_select(axis, torch.tensor(places))
+
+
+def _blocks(kept: list[int], size: int) -> list[int] | None:
     """The blocks of ``size`` neighbours that make up the kept places, None where some are there in part."""
-    blocks = kept[::size] // size
-    whole = (blocks[:, None] * size + blocks.new_tensor(range(size))).flatten()
-    return blocks if whole.equal(kept) else None
+    blocks = [place // size for place in kept[::size]]
+    return blocks if kept == [block * size + i for block in blocks for i in range(size)] else None

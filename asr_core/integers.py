@@ -42,15 +42,27 @@ def nearest(weight: torch.Tensor, bits: int = FEW_BITS) -> Integers:
     return Integers(codes.char().reshape(rows, columns), scales, bits)
 
 
-def by_values(weights: GraphWeights) -> Callable[[NDArray[np.float32]], Integers]:
-    """What :func:`stored` says of a float32 matrix [N, K] in a converted graph, in which the converter has lost its name."""
-    recorded = {_digest(weights.read(name).float().numpy()): name for name in weights.names if weights.integers(name)}
+def by_values(weights: GraphWeights, query_scale: float = 1.0) -> Callable[[NDArray[np.float32]], Integers]:
+    """What :func:`stored` says of a float32 matrix [N, K] in a converted graph, in which the converter has lost its name.
+
+    ``query_scale`` is what it may have multiplied the projections of queries with.
+    """
+    import numpy as np
+
+    recorded = {}
+    for name in (name for name in weights.names if weights.integers(name)):
+        values = weights.read(name).float().numpy()
+        for factor in (query_scale, 1.0) if name.endswith("q_proj.weight") else (1.0,):
+            recorded[_digest(values * np.float32(factor))] = (name, factor)
 
     def found(values: NDArray[np.float32]) -> Integers:
         import torch
 
-        name = recorded.get(_digest(values))
-        return stored(weights, name) if name else nearest(torch.tensor(values))
+        name, factor = recorded.get(_digest(values), (None, 1.0))
+        if name is None:
+            return nearest(torch.tensor(values))
+        integers = stored(weights, name)
+        return replace(integers, scales=integers.scales * factor)
 
     return found
 

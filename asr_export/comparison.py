@@ -16,6 +16,8 @@ from asr_export.cli import handle_errors, stage_progress
 
 if TYPE_CHECKING:
     from compressors.comparison import Line, Sets
+    from compressors.table import Speed
+    from compressors.winograd import Measured
 
 SIDE_BY_SIDE = 6  # contenders beside the original: each is a process that keeps its model
 TOKENS = 15  # a window, as the carried clips have
@@ -54,22 +56,36 @@ def main(
     torch.set_num_threads(threads)
     files = comparison.files(chosen)
     lines: list[Line] = []
+
+    def write(speeds: dict[str, Speed], kernels: list[Measured]) -> None:
+        """What is known so far."""
+        order = [comparison.ORIGINAL, *(file.stem for file in files)]
+        lines.sort(key=lambda line: (order.index(line.recipe), line.target != comparison.PYTORCH))
+        report.write_json(
+            out / "table.json",
+            {
+                "host": report.host(),
+                "lines": [vars(line) for line in lines],
+                "speeds": {name: vars(speed) for name, speed in speeds.items()},
+            },
+        )
+        (out / "table.md").write_text(table.markdown(lines, speeds, kernels), encoding="utf-8")
+        table.plot(lines, speeds, out / "table.png")
+
     with stage_progress() as progress:
-        bar = progress.add_task("", total=len(files) + 1, stage="")
+        bar = progress.add_task("", total=None, stage="")
 
         def tell(name: str, stage: str) -> None:
             progress.update(bar, description=name, stage=stage)
 
         bench = comparison.Comparison(Checkpoint.open(model), _sets(data, judge, out), out, threads, tell)
         lines += bench.original(comparison.targets(files))
-        for file in files:
-            progress.advance(bar)
-            lines += bench.lines(file)
-    speeds = _speeds(lines, out, rounds, threads) if rounds else {}
-    report.write_json(out / "table.json", {"host": report.host(), "lines": [vars(line) for line in lines], "faster": speeds})
-    kernels = [winograd.measure(width, rounds) for width in winograd.WIDTHS] if rounds else []
-    (out / "table.md").write_text(table.markdown(lines, speeds, {}, kernels), encoding="utf-8")
-    table.plot(lines, speeds, out / "table.png")
+        for pytorch in (False, True):
+            for file in files:
+                lines += bench.lines(file, pytorch=pytorch)
+                write({}, [])
+    if rounds:
+        write(_speeds(lines, out, rounds, threads), [winograd.measure(width, rounds) for width in winograd.WIDTHS])
     for line in lines:
         if line.problem:
             click.echo(f"{line.title}, {line.artifact}: {line.problem}", err=True)
@@ -92,8 +108,8 @@ def _sets(data: Path | None, judge: Path | None, out: Path) -> Sets:
     return Sets(read(data), read(judge or reference.manifest_path()))
 
 
-def _speeds(lines: Sequence[Line], out: Path, rounds: int, threads: int) -> dict[str, float]:
-    """Factors by which artifacts are faster than the original's plain one of the same target, in the same rounds."""
+def _speeds(lines: Sequence[Line], out: Path, rounds: int, threads: int) -> dict[str, Speed]:
+    """How fast artifacts are beside the original's plain one of the same target, in the same rounds."""
     from compressors.comparison import ORIGINAL, PLAIN
     from compressors.table import key
 
@@ -101,7 +117,7 @@ def _speeds(lines: Sequence[Line], out: Path, rounds: int, threads: int) -> dict
     for line in lines:
         if line.seconds is not None:
             timed[line.target].append(line)
-    found: dict[str, float] = {}
+    found: dict[str, Speed] = {}
     for target, own in timed.items():
         base = next((line for line in own if (line.recipe, line.artifact) == (ORIGINAL, f"{target}-{PLAIN}")), None)
         if base is None:
@@ -110,7 +126,7 @@ def _speeds(lines: Sequence[Line], out: Path, rounds: int, threads: int) -> dict
         for group in _groups(others):
             contenders = [Contender(key(line), target, Path(line.path)) for line in [base, *group]]
             samples = _timed(contenders, out, rounds, threads)
-            found |= {key(line): _factor(samples, key(base), key(line)) for line in group}
+            found |= {key(line): _speed(samples, key(base), key(line)) for line in [base, *group]}
     return found
 
 
@@ -133,8 +149,10 @@ def _timed(contenders: list[Contender], out: Path, rounds: int, threads: int) ->
     return samples
 
 
-def _factor(samples: Samples, base: str, own: str) -> float:
+def _speed(samples: Samples, base: str, own: str) -> Speed:
     from statistics import median
 
-    pairs = zip(samples[base], samples[own], strict=True)
-    return median(sum(v or 0.0 for v in one.values()) / sum(v or 0.0 for v in other.values()) for one, other in pairs)
+    from compressors.table import Speed
+
+    seconds, plain = ([sum(part or 0.0 for part in sample.values()) for sample in samples[name]] for name in (own, base))
+    return Speed(median(one / other for one, other in zip(plain, seconds, strict=True)), median(seconds))

@@ -23,6 +23,7 @@ from compressors import recipe as recipes
 from compressors.base import METHODS
 from compressors.calibration import windows
 from compressors.lab import Bench
+from compressors.model import Model
 from compressors.recipe import Recipe
 from compressors.run import run
 from parity import provenance
@@ -39,6 +40,8 @@ SHARED = ("calibration.py", "integers.py", "latent.py", "linears.py", "obs.py", 
 ORIGINAL = "original"
 PYTORCH = "pytorch"
 PLAIN = "fp32"
+# The figures of a line that are measured, and kept.
+MEASURED = ("kl", "wer", "delta_wer", "interval", "cer", "identical", "seconds", "peak_rss_mb")
 Tell = Callable[[str, str], None]
 
 
@@ -46,9 +49,9 @@ Tell = Callable[[str, str], None]
 class Line:
     """One artifact of one recipe; ``recipe`` is its file's name, ``artifact`` as ``onnx-int4``, ``path`` what a runner opens.
 
-    Sizes are MB (10⁶ bytes): ``form`` what the checkpoint's compact form takes up, ``size`` the shipped files, each with the
-    embedding's part; PyTorch ships dense weights. Rates are fractions, ``kl`` nats a token of the checkpoint, ``seconds`` the
-    mean of an utterance. ``problem`` says why there are no figures.
+    Sizes are MB (10⁶ bytes): ``body`` and ``embedding`` what the weights' compact form takes up, ``size`` the shipped files, of
+    which PyTorch's are dense. Rates are fractions, ``kl`` nats a token to the original
+    with PyTorch on its own tokens, ``seconds`` the mean of an utterance. ``problem`` says why there are no figures.
     """
 
     recipe: str
@@ -57,8 +60,8 @@ class Line:
     artifact: str
     path: str = ""
     problem: str = ""
-    form_mb: float | None = None
-    form_embedding_mb: float | None = None
+    body_mb: float | None = None
+    embedding_mb: float | None = None
     size_mb: float | None = None
     kl: float | None = None
     wer: float | None = None
@@ -94,41 +97,41 @@ class Comparison:
         work.mkdir(parents=True, exist_ok=True)
         self._bench = Bench(source, list(sets.judging), work, threads, gates="search", progress=tell)
         self._prepared: Row | None = None
-        self._windows: dict[int, list[Window]] = {}
+        self._windows: list[Window] = []
 
     def original(self, targets: Sequence[str]) -> list[Line]:
         """The source itself with PyTorch and as a plain artifact of each target."""
-        plain = Recipe("the original", [], [f"{target}-{PLAIN}" for target in targets])
+        plain = Recipe("the original", [], [f"{PYTORCH}-{PLAIN}", *(f"{target}-{PLAIN}" for target in targets)])
         return self._lines(ORIGINAL, plain, self._source)
 
-    def lines(self, file: Path) -> list[Line]:
-        """A recipe's checkpoint with PyTorch, and its artifacts; what cannot be made is a line that says why."""
+    def lines(self, file: Path, *, pytorch: bool) -> list[Line]:
+        """A recipe's artifacts, or its checkpoint with PyTorch; what cannot be made is a line that says why."""
         try:
             recipe = recipes.read_whole(file)
         except UsageError as error:
-            return [Line(file.stem, file.stem, [], PYTORCH, problem=str(error))]
+            return [] if pytorch else [Line(file.stem, file.stem, [], PYTORCH, problem=str(error))]
         try:
             made = self._checkpoint(file.stem, recipe)
         except StorageError:
             raise
         except AsrExportError as error:
-            return [Line(file.stem, recipe.title, _methods(recipe), PYTORCH, problem=str(error))]
-        return self._lines(file.stem, recipe, made)
+            return [] if pytorch else [Line(file.stem, recipe.title, _methods(recipe), PYTORCH, problem=str(error))]
+        return self._lines(file.stem, replace(recipe, artifacts=[f"{PYTORCH}-{PLAIN}"]) if pytorch else recipe, made)
 
     def _lines(self, name: str, recipe: Recipe, checkpoint: Checkpoint) -> list[Line]:
         record = compressed.read(checkpoint.path)
-        begun = Line(name, recipe.title, _methods(recipe), f"{PYTORCH}-{PLAIN}", str(checkpoint.path))
-        if record:
-            form, embedding = record.after.total_bytes / 1e6, record.after.embedding_bytes / 1e6
-            begun = replace(begun, kl=record.kl, form_mb=form, form_embedding_mb=embedding)
-        made = [self._pytorch(begun, checkpoint)]
+        size = record.after if record else Model.open(checkpoint).size
+        begun = Line(name, recipe.title, _methods(recipe), "")
+        begun = replace(begun, body_mb=size.body_bytes / 1e6, embedding_mb=size.embedding_bytes / 1e6)
+        made = []
         for artifact in recipe.artifacts:
+            line = replace(begun, artifact=artifact)
             try:
-                made.append(self._artifact(replace(begun, artifact=artifact), checkpoint))
+                made.append((self._pytorch if line.target == PYTORCH else self._artifact)(line, checkpoint))
             except StorageError:
                 raise
             except AsrExportError as error:
-                made.append(replace(begun, artifact=artifact, problem=str(error)))
+                made.append(replace(line, problem=str(error)))
         return made
 
     def _checkpoint(self, name: str, recipe: Recipe) -> Checkpoint:
@@ -136,20 +139,19 @@ class Comparison:
         steps = [[step.method, step.parameters.model_dump(mode="json")] for step in recipe.steps]
         sources = [*(registry.source(METHODS, step.method) for step in recipe.steps), *map(CODE.joinpath, SHARED)]
         code = [source.read_text(encoding="utf-8") for source in sources]
-        clips = [provenance.digest(list(part)) for part in (self._sets.calibrating, self._sets.judging)]
+        clips = provenance.digest(list(self._sets.calibrating))
         out = self._root / "checkpoints" / f"{name}-{_digest(self._source.fingerprint, steps, code, clips)}"
         if not out.exists():
             self._tell(name, "compress")
             out.parent.mkdir(parents=True, exist_ok=True)
             told: Progress = lambda stage: self._tell(name, stage)  # noqa: E731
-            run(self._source, recipe.steps, self._sets.calibrating, out, told, self._sets.judging, self._heard)
+            run(self._source, recipe.steps, self._sets.calibrating, out, told, [], self._heard)
         return Checkpoint.open(str(out))
 
     def _heard(self, source: Checkpoint, clips: Sequence[Utterance]) -> list[Window]:
-        """The windows of one of the sets: every recipe takes the same."""
-        if id(clips) not in self._windows:
-            self._windows[id(clips)] = windows(source, clips)
-        return self._windows[id(clips)]
+        """The calibration's windows: every recipe takes the same."""
+        self._windows = self._windows or windows(source, clips)
+        return self._windows
 
     def _artifact(self, line: Line, checkpoint: Checkpoint) -> Line:
         target, _, precision = line.artifact.partition("-")
@@ -165,7 +167,7 @@ class Comparison:
 
     def _pytorch(self, line: Line, checkpoint: Checkpoint) -> Line:
         size = sum(file.stat().st_size for file in checkpoint.path.glob("model*.safetensors")) / 1e6
-        line = replace(line, size_mb=size)
+        line = replace(line, path=str(checkpoint.path), size_mb=size)
         return self._measured(line, [checkpoint.fingerprint], lambda: self._of_pytorch(line, checkpoint))
 
     def _of_pytorch(self, line: Line, checkpoint: Checkpoint) -> Row:
@@ -183,7 +185,8 @@ class Comparison:
         file = self._root / "lines" / f"{line.recipe}.{line.artifact}.json"
         key = _digest(*self._inputs, *seal)
         if file.exists() and (known := json.loads(file.read_text(encoding="utf-8")))["key"] == key:
-            return Line(**known["line"] | {"title": line.title, "path": line.path})
+            figures = {name: known["line"][name] for name in MEASURED}
+            return replace(line, **figures)
         self._tell(line.recipe, f"{line.artifact}: measure")
         row = measure()
         if row.wer is None:
@@ -204,6 +207,7 @@ class Comparison:
             delta_wer=row.delta_wer,
             interval=row.delta_wer_interval,
             cer=row.cer,
+            kl=row.logits_kl_mean,
             identical=row.token_match,
             seconds=audio / row.rtfx if row.rtfx else None,
             peak_rss_mb=row.peak_rss_mb,

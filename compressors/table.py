@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compressors.comparison import ORIGINAL, PLAIN, PYTORCH, Line
 from compressors.published import POINTS, Published
@@ -17,11 +17,19 @@ if TYPE_CHECKING:
 
 NOTHING = "–"
 HEADER = (
-    "technique", "runtime", "MB", "of it embedding", "smaller", "WER %", "ΔWER, points [95 %]", "CER %", "identical", "KL",
-    "s a clip", "faster", "peak MB",
+    "technique", "runtime", "body, MB", "embedding, MB", "files, MB", "smaller", "WER %", "ΔWER, points [95 %]", "CER %",
+    "identical", "KL", "ms a window", "faster", "peak MB",
 )  # fmt: skip
 LEFT = 2  # columns of words
 POINT = 100  # in a fraction
+
+
+@dataclass(frozen=True)
+class Speed:
+    """By turns with the original's plain artifact of the same target: how many times as fast, and seconds a window."""
+
+    faster: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,8 @@ class Trade:
     worse: float | None
 
 
-def trades(lines: Sequence[Line], speeds: Mapping[str, float]) -> list[Trade]:
-    """Every measured line beside its original; ``speeds`` are the factors by :func:`key`."""
+def trades(lines: Sequence[Line], speeds: Mapping[str, Speed]) -> list[Trade]:
+    """Every measured line beside its original; ``speeds`` are by :func:`key`."""
     plain = {line.artifact: line for line in lines if line.recipe == ORIGINAL}
     found = []
     for line in lines:
@@ -47,7 +55,8 @@ def trades(lines: Sequence[Line], speeds: Mapping[str, float]) -> list[Trade]:
         base = plain.get(f"{line.target}-{PLAIN}")
         smaller = base.size_mb / line.size_mb if base and base.size_mb and line.size_mb else None
         worse = line.delta_wer / (line.wer - line.delta_wer) if line.delta_wer is not None and line.wer > line.delta_wer else None
-        found.append(Trade(line, smaller, speeds.get(key(line)), worse))
+        speed = speeds.get(key(line))
+        found.append(Trade(line, smaller, speed.faster if speed else None, worse))
     return found
 
 
@@ -56,12 +65,14 @@ def key(line: Line) -> str:
     return f"{line.recipe}.{line.artifact}"
 
 
-def markdown(
-    lines: Sequence[Line], speeds: Mapping[str, float], embeddings: Mapping[str, float], kernels: Sequence[Measured]
-) -> str:
-    """The table, Winograd's rows, the published points, what could not be made; ``embeddings`` are MB by :func:`key`."""
+def markdown(lines: Sequence[Line], speeds: Mapping[str, Speed], kernels: Sequence[Measured]) -> str:
+    """The table, Winograd's rows, the published points beside it, and what could not be made."""
     found = trades(lines, speeds)
-    rows = [HEADER, ["---"] * LEFT + ["---:"] * (len(HEADER) - LEFT), *(_cells(trade, embeddings) for trade in found)]
+    rows = [
+        HEADER,
+        ["---"] * LEFT + ["---:"] * (len(HEADER) - LEFT),
+        *(_cells(trade, speeds.get(key(trade.line))) for trade in found),
+    ]
     text = ["\n".join(_row(row) for row in rows), ""]
     text += [_told(kernel) for kernel in kernels]
     text += ["", "Published by others, on their models and data:", ""]
@@ -84,20 +95,21 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cells(trade: Trade, embeddings: Mapping[str, float]) -> list[str]:
+def _cells(trade: Trade, speed: Speed | None) -> list[str]:
     line = trade.line
     return [
         line.title,
         line.artifact,
+        _number(line.body_mb, ".2f"),
+        _number(line.embedding_mb, ".2f"),
         _number(line.size_mb, ".2f"),
-        _number(embeddings.get(key(line)), ".2f"),
         _factor(trade.smaller),
         _number(line.wer, ".2f", POINT),
         _delta(line),
         _number(line.cer, ".2f", POINT),
         _number(line.identical, ".0f", POINT, " %"),
         _number(line.kl, ".1g"),
-        _number(line.seconds, ".3f"),
+        _number(speed.seconds if speed else None, ".0f", 1000),
         _factor(trade.faster),
         _number(line.peak_rss_mb, ".0f"),
     ]
@@ -171,35 +183,37 @@ FAMILIES = (
     (("cluster",), "clustering", "#ff7f0e"),
     (("quantise", "qat", "static", "smooth"), "quantisation", "#1f77b4"),
 )
-MARKERS = "osD^vPX"
+MARKERS = "osPv^X"
+THEIRS = "D"
+FACTORS = (0.8, 1, 1.5, 2, 3, 4, 6)
+CHANGES = (-20, -10, 0, 10, 20, 50, 100, 200, 500, 1000)  # % of the WER
+LINEAR = 10  # up to here the axis of changes is not logarithmic
 
 
-def plot(lines: Sequence[Line], speeds: Mapping[str, float], file: Path) -> None:
+def plot(lines: Sequence[Line], speeds: Mapping[str, Speed], file: Path) -> None:
     """Draw what size and speed cost in WER: every artifact, one colour a family, one marker a target; others' points hollow."""
     from matplotlib.figure import Figure
 
     found = [trade for trade in trades(lines, speeds) if trade.line.target != PYTORCH and trade.line.recipe != ORIGINAL]
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    figure = Figure(figsize=(13, 6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, figure_of, label in zip(panels, ("smaller", "faster"), ("times smaller", "times as fast"), strict=True):
+    for axes, figure_of, label in zip(panels, ("smaller", "faster"), ("smaller than", "as fast as"), strict=True):
         _points(axes, found, figure_of)
         for point in POINTS:
             x = getattr(point, figure_of)
             if x is not None and point.worse is not None:
-                axes.plot(x, POINT * point.worse, "D", mfc="none", mec="grey", ms=7)
-                axes.annotate(
-                    point.technique, (x, POINT * point.worse), (6, -3), textcoords="offset points", fontsize=7, c="grey"
-                )
+                _point(axes, x, point.worse, point.technique, marker=THEIRS, color="grey", mfc="none")
         axes.axhline(0, color="black", lw=0.6)
         axes.set_xscale("log")
-        axes.set_yscale("symlog", linthresh=10)
-        axes.set_xticks([0.5, 1, 1.5, 2, 3, 4, 6, 8], ["0.5", "1", "1.5", "2", "3", "4", "6", "8"], minor=False)
+        axes.set_yscale("symlog", linthresh=LINEAR)
+        axes.set_xticks(FACTORS, [f"{factor:g}×" for factor in FACTORS])
+        axes.set_yticks(CHANGES, [f"{change:+d} %" if change else "0" for change in CHANGES])
         axes.minorticks_off()
         axes.grid(alpha=0.25)
-        axes.set_xlabel(f"{label} than the original's float32 artifact of the same runtime")
-    panels[0].set_ylabel("change of the WER, % of it")
-    panels[0].legend(handles=_legend({trade.line.target for trade in found}), fontsize=7, loc="upper left")
-    figure.savefig(file, dpi=150)
+        axes.set_xlabel(f"{label} the original's float32 artifact of the same runtime")
+    panels[0].set_ylabel("change of the word error rate, relative")
+    figure.legend(handles=_legend({trade.line.target for trade in found}), fontsize=8, loc="outside right upper")
+    figure.savefig(file, dpi=130)
 
 
 def _points(axes: Axes, found: Sequence[Trade], figure_of: str) -> None:
@@ -207,7 +221,12 @@ def _points(axes: Axes, found: Sequence[Trade], figure_of: str) -> None:
     for trade in found:
         x = getattr(trade, figure_of)
         if x is not None and trade.worse is not None:
-            axes.plot(x, POINT * trade.worse, markers[trade.line.target], color=_colour(trade.line), ms=6, alpha=0.85)
+            _point(axes, x, trade.worse, trade.line.recipe, marker=markers[trade.line.target], color=_colour(trade.line))
+
+
+def _point(axes: Axes, x: float, worse: float, label: str, **style: Any) -> None:
+    axes.plot(x, POINT * worse, ms=7, ls="", alpha=0.85, **style)
+    axes.annotate(label, (x, POINT * worse), (6, -3), textcoords="offset points", fontsize=6.5, color=style["color"])
 
 
 def _legend(targets: set[str]) -> list[Line2D]:
@@ -218,7 +237,7 @@ def _legend(targets: set[str]) -> list[Line2D]:
         Line2D([], [], ls="", marker=marker, color="black", mfc="none", label=target)
         for target, marker in zip(sorted(targets), MARKERS, strict=False)
     ]
-    return [*families, *runtimes, Line2D([], [], ls="", marker="D", mfc="none", color="grey", label="published by others")]
+    return [*families, *runtimes, Line2D([], [], ls="", marker=THEIRS, mfc="none", color="grey", label="published by others")]
 
 
 def _colour(line: Line) -> str:

@@ -37,9 +37,14 @@ if TYPE_CHECKING:
 STATEFUL = "-stateful"
 # Four bits need the finer palettes that only the newer runtimes have: one palette a tensor costs the carried checkpoint five
 # points of word errors.
-PRECISIONS = ("fp32", "fp16", "int8", "int4", "palette6", "fp16-stateful", "int8-stateful", "palette4-stateful")
-CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads")) | {"int4": ("factors", "heads", "int8", "int4")}
-PALETTE_BITS = {"palette6": 6, "palette4": 4}
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "palette8", "palette6", "fp16-stateful", "int8-stateful", "palette4-stateful")
+CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads")) | {
+    "int4": ("factors", "heads", "int8", "int4"),
+    "palette8": ("factors", "heads", "palettes4", "palettes6", "palettes8"),
+    "palette6": ("factors", "heads", "palettes4", "palettes6"),
+    "palette4-stateful": ("factors", "heads", "palettes4", "row palettes4"),
+}
+PALETTE_BITS = {"palette8": 8, "palette6": 6, "palette4": 4}
 # Rows (columns, where their number doesn't divide) of a weight that share a palette, on runtimes that can do that.
 GROUP = 16
 # Adjacent float16 values that get one palette entry together: a fifth of the time, for an error greater by less than 1e-4 of it.
@@ -133,13 +138,13 @@ def package(
 def _recorded_palettes(checkpoint: Checkpoint, weights: str) -> dict[str, int]:
     """The weights of a compressed checkpoint whose palettes the precision holds as they are, and how many each has (1 or N).
 
-    Keys are the names of a program's constants: without ``model.``.
+    Keys are as a converted program's constants are named.
     """
     found = {}
     for name in checkpoint.graph_weights.names if weights in PALETTE_BITS else ():
         palette = checkpoint.graph_weights.palette(name)
         if palette is not None and palette.centroids.shape[1] <= 2 ** PALETTE_BITS[weights]:
-            found[name.removeprefix("model.")] = len(palette.centroids)
+            found[name.removeprefix("model.").replace(".", "_")] = len(palette.centroids)
     return found
 
 
@@ -380,7 +385,7 @@ def _set_sizes_apart(module: torch.nn.Module, palettes: Collection[str]) -> None
     with torch.no_grad():
         for path, child in list(module.named_modules()):
             kind = Linear if isinstance(child, nn.Linear) else Embedding if path.endswith("embed_tokens") else None
-            if kind and not child.weight.is_meta and f"{path}.weight" not in palettes:
+            if kind and not child.weight.is_meta and f"{path}.weight".replace(".", "_") not in palettes:
                 module.set_submodule(path, kind(child))
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from asr_core.graph_weights import Integers
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads")) | {"int4": ("factors", "heads", "int8", "int4")}
+CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads"))
 MODEL = "model.tflite"
 FLOAT_MODEL = "float32.tflite"
 BYTES_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.5625}
@@ -248,14 +248,17 @@ def _store_integers(run: Any, checkpoint: Checkpoint) -> None:
     """Ask for the matrices of linear layers, and the embedding, as integers of this project's choice.
 
     The quantiser's own algorithms would change recorded codes: they choose scales from a weight's largest value, or guess them
-    from the values that occur. The guessing one, which nothing else here uses, is replaced: no new one can be named.
+    from the values that occur. The guessing one, which nothing else here uses, is replaced: no new one can be named. Codes of
+    weights that the converter multiplied with a norm's gain before (it does where nothing else reads the norm) are lost.
     """
     from ai_edge_quantizer import algorithm_manager as manager
     from ai_edge_quantizer import qtyping
     from ai_edge_quantizer.algorithms.uniform_quantize import common_quantize
     from ai_edge_quantizer.algorithms.uniform_quantize import naive_min_max_quantize as rounding
 
-    parameters = functools.partial(_parameters, by_values(checkpoint.graph_weights), checkpoint.dims.n_text_ctx)
+    dims = checkpoint.dims
+    integers = by_values(checkpoint.graph_weights, dims.head_dim**-0.5)
+    parameters = functools.partial(_parameters, integers, dims.n_text_ctx)
     materialize = {
         qtyping.TFLOperationName.FULLY_CONNECTED: common_quantize.materialize_fc_conv,
         qtyping.TFLOperationName.EMBEDDING_LOOKUP: common_quantize.materialize_embedding_lookup,

@@ -37,6 +37,7 @@ BOUNDS = {
     # exchanged keys and values showed 0.16 where logits stand for the whole decoder (CTranslate2).
     "int8": 0.14,
     "int4": 0.5,  # 0.33; weights of 4 bits err by a tenth, which attention in the encoder makes three times as much
+    "palette8": 0.14,  # as for int8
     "palette6": 0.25,  # 0.05; like int8: 64 values for a whole tensor, outliers among them
     "palette4": 0.4,  # 0.21; 16 values for 16 rows that share them
 }

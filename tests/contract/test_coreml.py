@@ -22,6 +22,8 @@ from asr_core import registry
 from asr_core.artifact import Artifact
 from asr_core.checkpoint import Checkpoint
 from asr_core.errors import ExportError, UnavailableError, UsageError
+from compressors.folder import write as write_checkpoint
+from compressors.model import Form, Model
 from exporters import coreml
 from parity import compare
 from parity.data import Utterance
@@ -258,6 +260,42 @@ def test_a_palette_is_the_best_one():
     assert set(palette[indices]) == set(values)
     palette, indices = coreml.cluster(values, 1)
     assert sorted(palette.tolist()) == pytest.approx([-28 / 9, 108 / 99], rel=1e-3)
+
+
+def clustered(shape_folder, folder: Path, values: dict[str, tuple[int, int]]) -> Checkpoint:
+    """The mini checkpoint with weights of random palettes: of each, how many (1 or one a row) and their size."""
+    source = Checkpoint.open(shape_folder("mini"))
+    model = Model.open(source)
+    tensors, forms = {}, {}
+    for name, (count, size) in values.items():
+        shape = model.tensors[name].shape
+        centroids = torch.randn(count or shape[0], size).half().float()
+        indices = torch.randint(size, shape)
+        tensors[name] = centroids.expand(shape[0], -1).gather(1, indices)
+        forms[name] = Form({"centroids": centroids, "indices": indices.to(torch.uint8)})
+    write_checkpoint(folder, source, model.changed(tensors, forms), [], [], None)
+    return Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("precision", "values"),
+    [
+        ("palette6", {"model.decoder.layers.0.fc1.weight": (1, 64), "model.encoder.layers.1.fc2.weight": (1, 5)}),
+        ("palette4-stateful", {"model.decoder.layers.0.fc1.weight": (1, 16), "model.encoder.layers.1.fc2.weight": (0, 16)}),
+    ],
+)
+def test_recorded_palettes_are_kept(precision, values, shape_folder, export_here, tmp_path):
+    checkpoint = clustered(shape_folder, tmp_path / "clustered", values)
+    artifact = export_here(checkpoint.path, "coreml", precision)
+    held = {}
+    for name in ("encoder", "decoder"):
+        for op in _mil._load(artifact.path / f"{name}.mlpackage").operations:
+            if op.op_type == "constexpr_lut_to_dense":
+                held[op.name] = torch.from_numpy(np.asarray(op.materialized_val_inference(), np.float32))
+    for name in values:
+        (value,) = (v for n, v in held.items() if n.startswith(name.removeprefix("model.").replace(".", "_")))
+        assert value.equal(checkpoint.weights.read(name)), name
+    assert artifact.manifest.notices == []
 
 
 def test_what_core_ml_cannot_hold_is_refused_with_all_reasons(mini, tmp_path):

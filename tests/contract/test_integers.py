@@ -28,10 +28,12 @@ SPECIAL = {
     f"{LAYER}self_attn.q_proj.weight": (3, 3, None),
     f"{LAYER}self_attn.out_proj.weight": (2, 1, 32),
 }
-TARGETS = ("openvino", "coreml")
+TARGETS = ("openvino", "coreml", "tflite")
+# Of a weight, relative: the scales of TFLite's blocks keep 8 bits.
+TOLERANCES = {"openvino": 0, "coreml": 0, "tflite": 2**-8}
 # Of the logits, relative. OpenVINO's plugin rounds what it multiplies compressed weights with to 8 bits (0.012 seen); Core ML's
 # programs round everything to half precision (0.001 seen). One weight's codes in another order err by 0.1 and more.
-ERRORS = {"openvino": 0.03, "coreml": 0.004, "tflite": 0.03}
+ERRORS = {"openvino": 0.03, "coreml": 0.004}
 
 
 @dataclass(frozen=True)
@@ -108,21 +110,26 @@ def in_tflite(artifact: Artifact) -> list[tuple[int, np.ndarray]]:
     """The same of the .tflite file, by its schema; position embeddings left out."""
     from ai_edge_litert import schema_py_generated as schema
 
-    root = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel((artifact.path / "model.tflite").read_bytes(), 0))
+    file = (artifact.path / "model.tflite").read_bytes()
+    root = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(file, 0))
+
+    def bytes_of(tensor):
+        buffer = root.buffers[tensor.buffer]
+        return np.frombuffer(file, np.uint8, buffer.size, buffer.offset) if buffer.size else np.asarray(buffer.data, np.uint8)
+
     types, found = {schema.TensorType.INT4: 4, schema.TensorType.INT8: 8}, {}
     for graph in root.subgraphs:
         for tensor in graph.tensors:
-            data, quantised = root.buffers[tensor.buffer].data, tensor.quantization
-            if tensor.type not in types or data is None or len(tensor.shape) != 2 or tensor.shape[0] == 448:
+            quantised = tensor.quantization
+            if tensor.type not in types or len(tensor.shape) != 2 or tensor.shape[0] == 448:
                 continue
-            codes = np.asarray(data, np.uint8)
+            codes = bytes_of(tensor)
             if tensor.type == schema.TensorType.INT4:
                 codes = np.stack([codes << 4, codes], 1).view(np.int8) >> 4
             codes = codes.view(np.int8).reshape(tensor.shape)
             scales = np.asarray(quantised.scale, np.float32)
             if quantised.detailsType == schema.QuantizationDetails.BlockwiseQuantization:
-                scales = root.buffers[graph.tensors[quantised.details.scales].buffer].data
-                scales = np.asarray(scales, np.uint8).view(np.float16).astype(np.float32)
+                scales = bytes_of(graph.tensors[quantised.details.scales]).view(np.float16).astype(np.float32)
             found[tensor.buffer] = (types[tensor.type], codes * np.repeat(scales, codes.size // len(scales)).reshape(codes.shape))
     return list(found.values())
 
@@ -135,13 +142,23 @@ READ: dict[str, Callable[[Artifact], list[tuple[int, np.ndarray]]]] = {
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_recorded_codes_are_shipped_bit_for_bit(compressed, exported, target):
+def test_recorded_codes_are_shipped(compressed, exported, target):
     stored = READ[target](exported[target])
     for name, weight in compressed.weights.items():
-        # Products of half-precision scales, as Core ML's programs have them, are rounded to half precision.
-        expected = weight if target == "openvino" else weight.astype(np.float16).astype(np.float32)
-        same = [bits for bits, values in stored if values.shape == weight.shape and np.array_equal(values, expected)]
-        assert same == [compressed.bits[name]], name
+        if target == "tflite" and SPECIAL.get(name, USUAL)[2] == 16:
+            continue  # its blocks have 32 weights at least
+        expected, factors = weight, (1.0,)
+        if target == "coreml":  # the program holds half precision
+            expected = weight.astype(np.float16).astype(np.float32)
+        if target == "tflite" and "q_proj" in name:
+            factors = (1.0, 0.125)  # the converter may have put the scale of the attention into it
+        same = {
+            bits
+            for bits, values in stored
+            for factor in factors
+            if values.shape == weight.shape and np.allclose(values, expected * factor, rtol=TOLERANCES[target], atol=0)
+        }
+        assert same == {compressed.bits[name]}, name
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -155,7 +172,7 @@ def test_what_has_no_codes_is_rounded_to_the_nearest_in_4_bits(compressed, expor
     assert (error, bits) <= (groups.max() / 14 + 1e-3 * groups.max(), 4)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ERRORS)
 def test_logits_are_those_of_transformers_on_the_compressed_checkpoint(compressed, exported, target):
     from transformers import WhisperForConditionalGeneration
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import WhisperForConditionalGeneration
 
 from asr_core import build, graph
 from asr_core.checkpoint import Checkpoint
 from asr_core.compressed import RECORD, SIDE
 from asr_core.errors import CheckpointError
+from asr_export.export import announce
 from compressors import base, folder
 from compressors.model import Form, Model
 
@@ -86,6 +88,17 @@ def test_the_graph_is_smaller_and_says_the_same(compressed):
     torch.testing.assert_close(logits, found.logits, atol=2e-4, rtol=0)
 
 
+def test_the_graph_is_made_without_memory(compressed):
+    fresh = Checkpoint.open(compressed.path)
+    with torch.device("meta"):
+        encoder = graph.encoder(fresh)
+    assert encoder.layers[1].self_attn.q_proj.weight.shape == (WIDTH, 128)
+    fresh = Checkpoint.open(compressed.path)
+    with FakeTensorMode():
+        decoder = graph.decoder(fresh)
+    assert decoder.blocks[1].fc1.left.weight.shape == (512, 32)
+
+
 def test_every_tensor_of_the_graph_has_its_own_integers(compressed):
     weights = compressed.graph_weights
     found = {name: weights.integers(name) for name in weights.names}
@@ -108,6 +121,14 @@ def test_who_does_not_carry_a_form_says_so(compressed):
         "weights of 4-bit or smaller codes",
     ]
     assert [notice.split(" (")[0] for notice in build.notices(compressed, "onnx", "int4")] == [said[2].split(" (")[0]]
+
+
+def test_notices_are_said_once_for_all_who_have_them(compressed, capsys):
+    announce(compressed, [("onnx", "fp32"), ("onnx", "int4"), ("ctranslate2", "fp32"), ("ctranslate2", "fp16")])
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("Note: heads that were removed from the decoder's attentions (1) are stored and computed as zeros")
+    merged = [line for line in said if line.startswith("Note: low-rank weights (4) are stored multiplied out")]
+    assert [line.rpartition(" in ")[2] for line in merged] == ["ctranslate2-fp32, ctranslate2-fp16."]
 
 
 def test_the_fingerprint_covers_the_forms(compressed, damaged):
