@@ -20,7 +20,8 @@ QUANTIZATION = {"fp32": "float32", "fp16": "float16", "int8": "int8_float32"}
 PRECISIONS = tuple(QUANTIZATION)
 # The format knows dense layers only, and quantises weights by its own rule: whoever compressed one gets its values, not its form.
 CARRIES: dict[str, tuple[str, ...]] = {}
-COST = {"fp32": Cost(800, 8, 4), "fp16": Cost(800, 8, 2), "int8": Cost(800, 8, 1.1)}
+# The whole model in float32, and what is made of it.
+COST = {"fp32": Cost(700, 6, 4), "fp16": Cost(700, 6, 2), "int8": Cost(700, 5.5, 1.1)}
 LENT = "<|startoflm|>"
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads")) | {"int4": ("factors", "heads", "int8", "int4")}
 # One half of the model in float32, and what is made of it.
-COST = {"fp32": Cost(900, 4, 4), "fp16": Cost(900, 4, 2), "int8": Cost(900, 4, 1.1), "int4": Cost(900, 4, 0.7)}
+COST = {"fp32": Cost(850, 3.5, 4), "fp16": Cost(850, 3.5, 2), "int8": Cost(850, 3.5, 1.1), "int4": Cost(850, 3.5, 0.7)}
 ENCODER = "openvino_encoder_model"
 DECODER = "openvino_decoder_model"
 TOKENIZER = "openvino_tokenizer"
