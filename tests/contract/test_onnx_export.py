@@ -20,6 +20,7 @@ from asr_core.checkpoint import Checkpoint
 from asr_core.errors import ExportError
 from exporters import onnx as exporter
 from exporters.onnx import PRECISIONS, nearest_int8
+from reference import shapes
 from runners import onnx as runner
 
 HEAD = "decoder.embed_tokens.weight"
@@ -165,6 +166,22 @@ def test_a_sharded_float16_checkpoint_gives_the_same_files(exported, shape_folde
             assert (sharded.path / file).read_bytes() == (whole.path / file).read_bytes()
 
 
+def test_a_shape_is_traced_once(exported, shape_folder, export_here, tmp_path, monkeypatch):
+    traced = exported("fp32")
+
+    def trace(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("exporters.onnx._trace", trace)
+    other = shapes.write(shapes.SHAPES["mini"], tmp_path / "other", seed=1)
+    again = export_here(other, "onnx", "fp32")
+    assert again.manifest.files != traced.manifest.files
+    assert (again.path / "decoder.onnx").read_bytes() == (traced.path / "decoder.onnx").read_bytes()
+    export_here(other, "onnx", "int8")
+    with pytest.raises(AssertionError):
+        export_here(shape_folder("mini.en"), "onnx", "fp32")
+
+
 def unpacked(tensor: onnx.TensorProto, scales: onnx.TensorProto) -> np.ndarray:
     """What MatMulNBits' documentation says that 4-bit blocks mean: the low half of a byte first, 8 is zero."""
     stored = onnx.numpy_helper.to_array(tensor)
@@ -229,11 +246,13 @@ def test_int4_ships_the_very_integers_of_the_record(recorded, shipped):
             np.testing.assert_array_equal(ours[:, : meant.shape[1]], meant)
             assert not ours[:, meant.shape[1] :].any()
             seen.add(codes.bits)
-        eight = [one for one in stored if one.endswith(("int8", "uint8"))]
-        assert {
-            recorded.graph_weights.integers(f"model.{one.removesuffix('.T_int8').removesuffix('.uint8')}").bits for one in eight
-        } == {8}
-    assert seen == {3, 4}
+        for tensor in [one for one in stored if one.endswith(("int8", "uint8"))]:
+            codes = recorded.graph_weights.integers(f"model.{tensor.removesuffix('.T_int8').removesuffix('.uint8')}")
+            ours = onnx.numpy_helper.to_array(stored[tensor])
+            back = ours.T if tensor.endswith(".T_int8") else ours.reshape(codes.codes.shape).astype(int) - 128
+            np.testing.assert_array_equal(back, codes.codes.numpy())
+            seen.add(codes.bits)
+    assert seen == {3, 4, 8}
 
 
 def test_int4_says_what_plain_transformers_says_of_the_same_weights(recorded, shipped):
