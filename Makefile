@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BENCH := artifacts/bench
+SHAPE ?= tiny
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 .DEFAULT_GOAL := help
@@ -55,9 +56,9 @@ lint: .venv/.test
 types: .venv/.test
 	$(BIN)/mypy
 
-bench: setup $(BENCH)/tiny/config.json  ## speed of every runner on a tiny-shaped random checkpoint, as ratios to PyTorch
-	$(BIN)/asr-export --model $(BENCH)/tiny --target all --out $(BENCH)/artifacts
-	$(BIN)/asr-bench --model $(BENCH)/tiny --artifacts $(BENCH)/artifacts --json $(BENCH)/tiny.json
+bench: setup $(BENCH)/$(SHAPE)/config.json  ## speed of every runner on a random checkpoint of a SHAPE, as ratios to PyTorch and to the memory's floor
+	$(BIN)/asr-export --model $(BENCH)/$(SHAPE) --target all --out $(BENCH)/artifacts
+	$(BIN)/asr-bench --model $(BENCH)/$(SHAPE) --artifacts $(BENCH)/artifacts --json $(BENCH)/$(SHAPE).json
 
 $(BENCH)/%/config.json: | setup
 	$(BIN)/python -m reference.shapes $* $(BENCH)/$*

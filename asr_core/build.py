@@ -13,13 +13,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from asr_core import artifact, isolate, processes, registry, tokens
+from asr_core import artifact, capacity, isolate, processes, registry, tokens
 from asr_core.artifact import MANIFEST, Artifact, Manifest, TensorSpec
+from asr_core.capacity import Cost
 from asr_core.checkpoint import Checkpoint
-from asr_core.errors import ArtifactError, StorageError, UsageError
+from asr_core.dims import Dims
+from asr_core.errors import ArtifactError, ExportError, StorageError, UsageError
 from asr_core.graph_weights import PALETTE_BITS, palettes
 
 PARTIAL = ".partial-"
+QUERIES = "alignment_queries"  # as in graph.py, which imports torch
 REPLACED = ".replaced-"
 FAILED = ".failed"
 FAILED_REASON = "FAILED.txt"
@@ -58,10 +61,12 @@ class Exporter(Protocol):
     precision that it doesn't list, none does. ``ON_REQUEST``, where a module has it, are further precisions, which only some
     checkpoints can have. ``export`` writes only below ``folder`` and returns the tensors of its graphs; it
     never writes the manifest. The module imports its converter inside ``export``, so that listing precisions costs nothing.
+    ``COST`` is what exporting takes, by precision, as far as it was measured.
     """
 
     PRECISIONS: tuple[str, ...]
     CARRIES: Mapping[str, Collection[str]]
+    COST: Mapping[str, Cost]
 
     def export(self, checkpoint: Checkpoint, folder: Path, precision: str, progress: isolate.Progress) -> list[TensorSpec]:
         """Convert the checkpoint."""
@@ -78,6 +83,24 @@ def check_precision(target: str, precision: str) -> None:
     known = (*exporter(target).PRECISIONS, *getattr(exporter(target), "ON_REQUEST", ()))
     if precision not in known:
         raise UsageError(f"{target} has no precision {precision!r}; it has: {', '.join(known)}.")
+
+
+def cost(target: str, precision: str) -> Cost | None:
+    """What an export takes; None where nobody has measured it."""
+    return getattr(exporter(target), "COST", {}).get(precision)
+
+
+def refuse_misfit(checkpoint: Checkpoint, target: str, precision: str, out: Path) -> None:
+    """Refuse what cannot be exported for its size: the format's limit, this machine's memory, its disk.
+
+    An exporter whose format has a limit says with ``limits(dims, precision)`` what exceeds it. Raises :class:`ExportError`,
+    :class:`~asr_core.errors.UnavailableError` or :class:`StorageError`.
+    """
+    limits: Callable[[Dims, str], list[str]] | None = getattr(exporter(target), "limits", None)
+    if limits and (reasons := limits(checkpoint.dims, precision)):
+        raise ExportError(f"{target}-{precision} cannot hold {checkpoint.name}: {'; '.join(reasons)}.")
+    if known := cost(target, precision):
+        capacity.check(f"{target}-{precision}", known, checkpoint.dims, out)
 
 
 def notices(checkpoint: Checkpoint, target: str, precision: str) -> list[str]:
@@ -193,6 +216,11 @@ def clean(final: Path) -> None:
             shutil.rmtree(left)
 
 
+def _shows_attention(target: str, tensors: list[TensorSpec]) -> bool:
+    """Whether word timestamps can be made: most other clients' forms have no place for the output that they are read from."""
+    return registry.LAYOUT not in target or any(tensor.name == QUERIES for tensor in tensors)
+
+
 def export_in_process(
     checkpoint: str,
     name: str,
@@ -222,8 +250,7 @@ def export_in_process(
         dims=opened.dims,
         notices=notices(opened, target, precision),
         tokens=tokens.TokenIds.read(opened.path, opened.generation, opened.dims.n_text_ctx),
-        # Another client's form has no place for the output that ours are read from.
-        alignment_heads=None if registry.LAYOUT in target else opened.alignment_heads,
+        alignment_heads=opened.alignment_heads if _shows_attention(target, tensors) else None,
         tensors=tensors,
         files=artifact.seal(path),
         tools=tool_versions(target),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # safetensors' names of the dtypes that weights may have, and torch's.
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PRECISIONS = {"F32": "fp32", "F16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,16 @@ class Weights:
             stream.seek(stored.offset)
             stream.readinto(tensor.view(-1).view(torch.uint8).numpy().data)
         return tensor
+
+    def place(self, name: str) -> Stored:
+        """Where a tensor lies."""
+        return self._stored[name]
+
+    @property
+    def precision(self) -> str | None:
+        """``fp32`` or ``fp16``, where all tensors are of one of them."""
+        (dtype, *others) = {stored.dtype for stored in self._stored.values()}
+        return None if others else PRECISIONS.get(dtype)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""

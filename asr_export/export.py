@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from asr_core.errors import AsrExportError, GateError, UnavailableError
+from asr_core.errors import AsrExportError, GateError, UnavailableError, UsageError
 from asr_export.cli import checkpoint_options, handle_errors, open_checkpoint, report, stage_progress
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # broken cache, few enough to cost a second. Words don't matter, so any checkpoint is checked on the carried clips.
 CHECK_CLIPS = 4
 CHECK_TOKENS = 32
+LINKED = "linked"  # the layout of --link
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Job:
 @click.option("--target", required=True, help="One of the targets (an unknown one lists them), or 'all'.")
 @click.option("--precision", default="all", show_default=True, help="One of the target's precisions, or 'all'.")
 @click.option("--layout", help="The form that another client loads (an unknown one lists the target's) [ours].")
+@click.option("--link", is_flag=True, help="ONNX over the checkpoint's own weight files, hard-linked, in their precision.")
 @click.option("--out", default="artifacts", show_default=True, type=click.Path(path_type=Path), help="Root of the output.")
 @click.option(
     "--alignment-heads",
@@ -77,14 +79,20 @@ def main(
     jobs: int,
     memory: int | None,
     *,
+    link: bool,
     force: bool,
 ) -> None:
     """Run the command."""
+    from asr_core import build
     from asr_export import heads
 
-    planned = plan(target, precision, layout)
+    if link and layout:
+        raise UsageError("--link is a form of our own graphs: it goes without --layout.")
+    planned = plan(target, precision, LINKED if link else layout)
     require_any({name for name, _ in planned})
     checkpoint = heads.choose(open_checkpoint(model, adapter), asked, source, out)
+    if link and precision == "all":  # the one that the weights have
+        planned = [(name, chosen) for name, chosen in planned if chosen == checkpoint.weights.precision] or planned
     announce(checkpoint, planned)
     failures = []
     stale = []
@@ -92,6 +100,7 @@ def main(
         job = Job(name, chosen, out / checkpoint.name / f"{name}-{chosen}")
         try:
             if force or not _up_to_date(checkpoint, job):
+                build.refuse_misfit(checkpoint, name, chosen, out)
                 stale.append(job)
             else:
                 click.echo(f"{job.final}: up to date")
@@ -151,6 +160,7 @@ def require_any(targets: set[str]) -> None:
 
 def run(checkpoint: Checkpoint, stale: list[Job], out: Path, jobs: int, memory_mb: float | None) -> list[AsrExportError]:
     """Export and check every job, ``jobs`` at a time where memory allows; reports each failure and returns them."""
+    from asr_core import build, capacity
     from asr_export import schedule
 
     threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
@@ -169,11 +179,11 @@ def run(checkpoint: Checkpoint, stale: list[Job], out: Path, jobs: int, memory_m
             return None
 
         # The answers that all wait for come first, beside the first export.
-        first = schedule.Need(math.inf, schedule.LIBRARIES_MB)
+        first = schedule.Need(math.inf, schedule.ANSWERS.memory_of(checkpoint.dims))
         answers: schedule.Task[AsrExportError | None] = schedule.Task(first, checker.prepare)
-        needs = [schedule.need(job.name, checkpoint.dims, out) for job in stale]
+        needs = [schedule.need(job.name, build.cost(job.target, job.precision), checkpoint.dims, out) for job in stale]
         tasks = [schedule.Task(need, partial(attempt, job)) for need, job in zip(needs, stale, strict=True)]
-        done = schedule.run([answers, *tasks], jobs, memory_mb or schedule.available_mb())
+        done = schedule.run([answers, *tasks], jobs, memory_mb or capacity.available_mb())
         return [error for error in done if error]
 
 

@@ -6,7 +6,6 @@ What an export will take is known from the manifest of an earlier one: of the sa
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ from typing import Generic, TypeVar
 
 from asr_core import artifact
 from asr_core.artifact import Manifest
-from asr_core.dims import Dims, expected_shapes
+from asr_core.capacity import Cost, parameters
+from asr_core.dims import Dims
 from asr_core.errors import ArtifactError
 
 # Of an export that nobody measured: its libraries, and the float32 weights as often as the greediest converter holds them.
-LIBRARIES_MB = 1500.0
-COPIES = 5
-BYTES = 4
+UNKNOWN = Cost(memory_mb=1500, memory=20, disk=8)
+# PyTorch's answers for the check: float32 weights.
+ANSWERS = Cost(memory_mb=1200, memory=4.5, disk=0)
 Result = TypeVar("Result")
 
 
@@ -67,27 +67,19 @@ def _next(tasks: Sequence[Task[Result]], waiting: Sequence[int], running: Iterab
     return next(fitting, None)
 
 
-def need(name: str, dims: Dims, out: Path) -> Need:
+def need(name: str, cost: Cost | None, dims: Dims, out: Path) -> Need:
     """What the export ``<target>-<precision>`` of a model of this shape takes, by the earlier ones below ``out``.
 
-    Of models of other shapes, the nearest in size is taken, its memory with what the difference of the weights may take.
+    Of models of other shapes, the nearest in size is taken, its memory with what the difference of the weights may take. Where
+    there is none, ``cost`` tells, which the exporter knows of itself.
     """
-    size = _parameters(dims)
-    known = sorted(_manifests(name, out), key=lambda manifest: abs(_parameters(manifest.dims) - size))
+    size, cost = parameters(dims), cost or UNKNOWN
+    known = sorted(_manifests(name, out), key=lambda manifest: abs(parameters(manifest.dims) - size))
     if not known:
-        return Need(math.inf, LIBRARIES_MB + _weights_mb(size))
+        return Need(math.inf, cost.memory_of(dims))
     nearest = known[0]
-    larger = max(0, size - _parameters(nearest.dims))
-    return Need(nearest.export_seconds * size / _parameters(nearest.dims), nearest.export_peak_rss_mb + _weights_mb(larger))
-
-
-def available_mb() -> float:
-    """Memory that this machine can give without swapping, in MB (10⁶ bytes); all that it has where it doesn't tell."""
-    information = Path("/proc/meminfo")
-    if information.exists():
-        line = next(line for line in information.read_text().splitlines() if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024 / 1e6
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e6
+    larger = max(0, size - parameters(nearest.dims)) * cost.memory / 1e6
+    return Need(nearest.export_seconds * (size / parameters(nearest.dims)), nearest.export_peak_rss_mb + larger)
 
 
 def _manifests(name: str, out: Path) -> list[Manifest]:
@@ -98,11 +90,3 @@ def _manifests(name: str, out: Path) -> list[Manifest]:
         except ArtifactError:
             continue  # nothing is known from it
     return found
-
-
-def _parameters(dims: Dims) -> int:
-    return sum(math.prod(shape) for shape in expected_shapes(dims).values())
-
-
-def _weights_mb(parameters: int) -> float:
-    return COPIES * BYTES * parameters / 1e6

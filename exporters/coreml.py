@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from asr_core import registry
 from asr_core.artifact import TensorSpec
+from asr_core.capacity import Cost
 from asr_core.checkpoint import Checkpoint
 from asr_core.dims import Dims, expected_shapes
 from asr_core.errors import ExportError
@@ -45,6 +46,8 @@ CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads")) | {
     "palette4-stateful": ("factors", "heads", "palettes4", "row palettes4"),
 }
 PALETTE_BITS = {"palette8": 8, "palette6": 6, "palette4": 4}
+# Of the larger half: in float32, traced, and as the program that is made of it. On disk, packages are written twice.
+COST = dict.fromkeys(PRECISIONS, Cost(1500, 12, 4)) | {"fp32": Cost(1000, 10, 8)}
 # Rows (columns, where their number doesn't divide) of a weight that share a palette, on runtimes that can do that.
 GROUP = 16
 # Adjacent float16 values that get one palette entry together: a fifth of the time, for an error greater by less than 1e-4 of it.

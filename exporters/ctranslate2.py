@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from asr_core.artifact import TensorSpec
+from asr_core.capacity import Cost
 from asr_core.checkpoint import Checkpoint
 from asr_core.dims import Dims
 from asr_core.errors import ExportError
@@ -19,6 +20,7 @@ QUANTIZATION = {"fp32": "float32", "fp16": "float16", "int8": "int8_float32"}
 PRECISIONS = tuple(QUANTIZATION)
 # The format knows dense layers only, and quantises weights by its own rule: whoever compressed one gets its values, not its form.
 CARRIES: dict[str, tuple[str, ...]] = {}
+COST = {"fp32": Cost(800, 8, 4), "fp16": Cost(800, 8, 2), "int8": Cost(800, 8, 1.1)}
 LENT = "<|startoflm|>"
 
 

@@ -7,22 +7,28 @@ at a time and quantised on the way. An export's memory is that of the tools and 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from asr_core import conversions
 from asr_core.artifact import TensorSpec
+from asr_core.capacity import Cost
 from asr_core.errors import ExportError
 from asr_core.graph_weights import Integers
 from asr_core.integers import GROUP, nearest, packed
 from asr_core.isolate import Progress
 
 if TYPE_CHECKING:
+    from types import FunctionType
+
     import numpy as np
     import onnx_ir as ir
     import torch
@@ -38,6 +44,8 @@ STATIC = "int8-static"
 ON_REQUEST = (STATIC,)
 INTEGERS = {"int8": ("int8",), STATIC: ("int8",), "int4": ("int8", "int4")}
 CARRIES = {precision: ("factors", "heads", *INTEGERS.get(precision, ())) for precision in (*PRECISIONS, *ON_REQUEST)}
+# Of libraries and the largest tensor; the data files are the model.
+COST = dict.fromkeys((*PRECISIONS, *ON_REQUEST), Cost(750, 0.3, 1.1)) | {"fp32": Cost(750, 0.4, 4), "fp16": Cost(750, 0.3, 2)}
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 HEAD = "decoder.embed_tokens.weight"  # the embedding, which is the tied head too
@@ -49,12 +57,15 @@ ACCURACY_LEVEL = {"encoder": 0, "decoder": 4}
 # Float32 for the caller in every precision, by the names of all layouts.
 FLOAT_INPUTS = {"mel", "input_features", "encoder_hidden_states"}
 FLOAT_OUTPUTS = {"encoder_states", "last_hidden_state"}
-ROWS = 4096  # rows that are quantised at once: bounds the temporaries
+ROWS = 512  # rows that are quantised at once: bounds the temporaries
 LARGEST_Q8 = 127  # of signed 8-bit weights
 # Weights of the encoder's graph whose inputs are rounded by range; a left factor's are what the right one made.
 AUDIO_LINEAR = re.compile(r"model\.(encoder\..*(_proj|fc[12])|decoder\..*encoder_attn\.[kv]_proj)(\.right)?\.weight$")
 SIGNS = {8: 0x80, 4: 0x88}  # that MatMulNBits' unsigned weights have the other way round, of each byte
 BYTE, FEW = 8, 4  # bits of a code
+
+TRACED = "traced.onnx"  # in the cache
+TRACERS = ("onnx-ir", "onnxscript", "torch")  # packages that decide what a traced graph is
 
 Shape = Sequence[int | str]
 
@@ -67,11 +78,13 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
     if precision == STATIC:
         _check_ranges(checkpoint.graph_weights)
     specs: list[TensorSpec] = []
-    for name, describe in (("encoder", _encoder), ("decoder", _decoder)):
+    for name, describe in graphs().items():
         progress(f"{name} graph")
         model = draft(describe, checkpoint, precision, name)
         progress(f"{name} weights")
         specs += ship(model, name, folder / f"{name}.onnx")
+        del model
+        gc.collect()  # graphs are full of cycles
     return specs
 
 
@@ -85,11 +98,21 @@ def _check_ranges(weights: GraphWeights) -> None:
         )
 
 
-def draft(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, precision: str, kind: str) -> ir.Model:
-    """A graph in its shipped form whose weights have not been read; ``kind`` is what it is like, ``encoder`` or ``decoder``."""
-    with _quiet():
-        model = _trace(describe, checkpoint, precision)
-        _Rewriter(model.graph, checkpoint.graph_weights, precision).run(kind)
+def graphs() -> dict[str, Callable[[Checkpoint], Traceable]]:
+    """What the two graphs are traced from, by their names."""
+    return {"encoder": _encoder, "decoder": _decoder}
+
+
+def draft(
+    describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, precision: str, kind: str, *, as_stored: bool = False
+) -> ir.Model:
+    """A graph in its shipped form whose weights have not been read; ``kind`` is what it is like, ``encoder`` or ``decoder``.
+
+    ``as_stored`` leaves each weight, of a float precision, the tensor that the checkpoint has.
+    """
+    with quiet():
+        model = _traced(describe, checkpoint, precision)
+        _Rewriter(model.graph, checkpoint.graph_weights, precision, as_stored=as_stored).run(kind)
     return model
 
 
@@ -97,10 +120,10 @@ def ship(model: ir.Model, name: str, path: Path, data_suffix: str = ".data") -> 
     """Tidy a draft and write it, its weights streamed into a file beside it; returns its inputs and outputs."""
     import onnx_ir as ir
 
-    with _quiet():
-        _clean(model)
+    with quiet():
+        clean(model)
         ir.save(model, path, external_data=path.name + data_suffix)
-    return _specs(name, model)
+    return list_ports(name, model)
 
 
 # --- tracing without weights
@@ -167,14 +190,48 @@ def _keys_values(what: str, dims: Dims) -> dict[str, Shape]:
     return {f"{what}_{kind}_{layer}": shape for layer in range(dims.decoder_layers) for kind in "kv"}
 
 
-def _trace(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, precision: str) -> ir.Model:
+def _traced(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, precision: str) -> ir.Model:
+    """What :func:`_trace` makes, from the cache where any precision or checkpoint of this shape was traced before.
+
+    ``describe`` may depend on the checkpoint's shape alone, never on its values.
+    """
+    import onnx_ir as ir
+    import onnx_ir.passes.common as passes
+
+    from asr_core import graph
+
+    def write(folder: Path) -> list[str]:
+        model = _trace(describe, checkpoint, dtype)
+        passes.ClearMetadataAndDocStringPass()(model)
+        for value in model.graph.initializers.values():
+            # Nothing is there to be read: each is bound to the checkpoint's tensor after loading.
+            value.const_value = ir.ExternalTensor("unbound", None, None, value.dtype, shape=value.shape, name=value.name)
+        ir.save(model, folder / TRACED)
+        return []
+
+    dtype = "float16" if precision == "fp16" else "float32"
+    weights, code = checkpoint.graph_weights, cast("FunctionType", describe).__code__
+    inputs = {
+        "graph": [Path(code.co_filename).name, code.co_qualname],
+        "dtype": dtype,
+        "dims": checkpoint.dims.model_dump(),
+        "alignment_heads": checkpoint.alignment_heads,
+        "shapes": {name: weights.shape(name) for name in weights.names},
+        "sources": [conversions.sha256(Path(file)) for file in (graph.__file__, __file__, code.co_filename)],
+        "tools": {name: metadata.version(name) for name in TRACERS},
+    }
+    folder, _ = conversions.kept("graphs", code.co_name.strip("_"), inputs, write)
+    return ir.load(folder / TRACED)
+
+
+def _trace(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, dtype: str) -> ir.Model:
     """The ONNX model of a module whose parameters have shapes and types but no memory."""
     import onnx_ir as ir
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float16 if precision == "fp16" else torch.float32)
+    torch.set_default_dtype(getattr(torch, dtype))
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             traceable = describe(checkpoint)
@@ -193,7 +250,7 @@ def _trace(describe: Callable[[Checkpoint], Traceable], checkpoint: Checkpoint, 
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the converters: they remark on operators and features that Whisper does not use."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -211,10 +268,11 @@ def _quiet() -> Iterator[None]:
 class _Rewriter:
     """Turns the traced graph into the shipped one, and its initializers into lazy readers of the checkpoint."""
 
-    def __init__(self, graph: ir.Graph, weights: GraphWeights, precision: str) -> None:
+    def __init__(self, graph: ir.Graph, weights: GraphWeights, precision: str, *, as_stored: bool) -> None:
         self.graph = graph
         self.weights = weights
         self.precision = precision
+        self.as_stored = as_stored
         self._rounding: dict[tuple[ir.Value, float, int], tuple[ir.Value, ir.Value, ir.Value]] = {}
 
     def run(self, name: str) -> None:
@@ -307,7 +365,7 @@ class _Rewriter:
             # Stored once: the runtime folds the transposition when it loads the model.
             if self.precision == "fp16":
                 self._float_head(node)
-        else:
+        elif not self.as_stored:
             name = weight.name
             columns = self._initializer(f"{name}.T", weight.dtype, (k, n), lambda: self._read(name).T)
             node.replace_input_with(1, columns)
@@ -432,9 +490,12 @@ class _Rewriter:
         shape = (n, count, block * packing.bits // BYTE)
 
         def unsigned() -> NDArray[np.uint8]:
-            codes = F.pad(self._integers(name, packing).codes, (0, count * block - k))
+            codes = self._integers(name, packing).codes
+            if k < count * block:
+                codes = F.pad(codes, (0, count * block - k))
             made: NDArray[np.uint8] = packed(codes) if packing.bits == FEW else codes.numpy().view("uint8")
-            return (made ^ made.dtype.type(SIGNS[packing.bits])).reshape(shape)
+            made ^= made.dtype.type(SIGNS[packing.bits])
+            return made.reshape(shape)
 
         def scales() -> NDArray[np.floating[Any]]:
             spread = self._integers(name, packing).scales.repeat_interleave(count // packing.groups, 1)
@@ -453,9 +514,13 @@ class _Rewriter:
         if packing.recorded and (recorded := self.weights.integers(full)):
             return recorded
         rounded = nearest if packing.bits == FEW else partial(nearest_int8, groups=packing.groups)
-        made = [rounded(rows.float()) for rows in self.weights.read(full).split(ROWS)]
-        codes, scales = (torch.cat([getattr(one, part) for one in made]) for part in ("codes", "scales"))
-        return Integers(codes, scales, packing.bits)
+        weight = self.weights.read(full)
+        codes, scales = torch.empty(weight.shape, dtype=torch.int8), []
+        for start in range(0, len(weight), ROWS):  # in one piece, the largest would need several times its size
+            made = rounded(weight[start : start + ROWS].float())
+            codes[start : start + ROWS] = made.codes
+            scales.append(made.scales)
+        return Integers(codes, torch.cat(scales), packing.bits)
 
     def _float_boundary(self) -> None:
         """Spectrogram, states and logits stay float32 for the caller; the caches are float16, as the graph is."""
@@ -528,7 +593,7 @@ def _replace(old: ir.Value, new: ir.Value, dtype: ir.DataType | None = None) -> 
     new.name, old.name = old.name, None
 
 
-def _clean(model: ir.Model) -> None:
+def clean(model: ir.Model) -> None:
     """Drop what the rewriting left over, and the tracer's notes: sizes of traced examples, paths of source files."""
     import onnx_ir.passes.common as passes
 
@@ -547,7 +612,9 @@ def _clean(model: ir.Model) -> None:
     model.opset_imports[CONTRIB] = 1
 
 
-def _specs(graph: str, model: ir.Model) -> list[TensorSpec]:
+def list_ports(graph: str, model: ir.Model) -> list[TensorSpec]:
+    """A graph's inputs and outputs."""
+
     def spec(role: Literal["input", "output"], value: ir.Value) -> TensorSpec:
         shape = [axis if isinstance(axis, int) else axis.value for axis in value.shape]
         return TensorSpec(graph=graph, role=role, name=value.name, dtype=value.dtype.numpy().name, shape=shape)

@@ -7,6 +7,7 @@ that they are computed once after each reset and no branch is needed.
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 import warnings
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from asr_core.artifact import TensorSpec
+from asr_core.capacity import Cost
 from asr_core.checkpoint import Checkpoint
 from asr_core.dims import Dims
 from asr_core.errors import ExportError
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads")) | {"int4": ("factors", "heads", "int8", "int4")}
+# One half of the model in float32, and what is made of it.
+COST = {"fp32": Cost(900, 4, 4), "fp16": Cost(900, 4, 2), "int8": Cost(900, 4, 1.1), "int4": Cost(900, 4, 0.7)}
 ENCODER = "openvino_encoder_model"
 DECODER = "openvino_decoder_model"
 TOKENIZER = "openvino_tokenizer"
@@ -67,6 +71,7 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
                 _to_integers(model, checkpoint.graph_weights)
             _save(model, folder / f"{file}.xml", precision)
             del model
+        gc.collect()  # what was captured is full of cycles, and would stay beside the other half
     progress("tokenizer")
     with _refusals("tokenizer"), _quiet():
         _save_tokenizers(checkpoint.path, folder)

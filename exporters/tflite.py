@@ -12,7 +12,6 @@ import contextlib
 import functools
 import io
 import logging
-import math
 import mmap
 import os
 import warnings
@@ -21,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from asr_core.artifact import TensorSpec
+from asr_core.capacity import Cost, parameters
 from asr_core.checkpoint import Checkpoint
-from asr_core.dims import Dims, expected_shapes
+from asr_core.dims import Dims
 from asr_core.errors import ExportError
 from asr_core.graph_weights import FEW_BITS, MOST_BITS
 from asr_core.integers import by_values, nearest
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads"))
+# On disk, the float32 file that every conversion begins with too.
+COST = {"fp32": Cost(1500, 12, 4), "fp16": Cost(1500, 12, 6), "int8": Cost(1500, 12, 5.1), "int4": Cost(1500, 12, 4.7)}
 MODEL = "model.tflite"
 FLOAT_MODEL = "float32.tflite"
 BYTES_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.5625}
@@ -54,7 +56,8 @@ Tensors = dict[str, "Tensor"]
 def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progress) -> list[TensorSpec]:
     """Write ``model.tflite``; raises :class:`ExportError` where the model is too large or the converter leaves something out."""
     dims = checkpoint.dims
-    _check_size(dims, precision)
+    if reasons := limits(dims, precision):
+        raise ExportError("; ".join(reasons) + ".")
     model, converted = folder / MODEL, folder / FLOAT_MODEL
     progress("convert")
     with _refusals("convert"):
@@ -73,15 +76,17 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
     return specs
 
 
-def _check_size(dims: Dims, precision: str) -> None:
-    """Refuse what does not fit into a file."""
-    weights = sum(math.prod(shape) for shape in expected_shapes(dims).values())
+def limits(dims: Dims, precision: str) -> list[str]:
+    """What of a model does not fit into a file, as clauses."""
+    weights = parameters(dims)
     needed: dict[str, float] = {"the float32 file that every conversion begins with": 4 * weights}
     if precision != "fp32":
         needed[f"the {precision} file"] = BYTES_A_WEIGHT[precision] * weights
-    reasons = [f"{what} would take {size / 1e9:.2f} GB" for what, size in needed.items() if size > LARGEST_FILE]
-    if reasons:
-        raise ExportError(f"a .tflite file holds at most {LARGEST_FILE / 1e9:.2f} GB, but {' and '.join(reasons)}.")
+    return [
+        f"{what} would take {size / 1e9:.2f} GB, and offsets in a .tflite file end at {LARGEST_FILE / 1e9:.2f} GB"
+        for what, size in needed.items()
+        if size > LARGEST_FILE
+    ]
 
 
 @contextlib.contextmanager

@@ -5,13 +5,27 @@ Only sizes, special ids and file layout are real. The words mean nothing, so nev
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import math
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from asr_core import folder as layout
 from asr_core import languages
+from asr_core.dims import Dims, expected_shapes
 from asr_core.vocabulary import TIMESTAMPS, special_tokens
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import WhisperConfig
+
+DTYPES = {"float32": 4, "float16": 2}  # bytes
+SHARD_MB = 1000  # MB (10⁶ bytes) of weights in a file
+SPREAD = 0.02  # standard deviation of the weights, as transformers draws them
 
 
 @dataclass(frozen=True)
@@ -44,16 +58,79 @@ SHAPES = {
 
 
 def write(shape: Shape, folder: Path, seed: int = 0) -> Path:
-    """Write a checkpoint of a shape with seeded random weights; returns the folder."""
+    """Write a checkpoint of a shape with seeded random float32 weights in one file; returns the folder."""
     import torch
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
+    from transformers import WhisperForConditionalGeneration
+
+    config = _write_small_files(shape, folder)
+    torch.manual_seed(seed)
+    WhisperForConditionalGeneration(config).save_pretrained(folder)
+    _write_generation(shape, folder)  # transformers has written its own
+    return folder
+
+
+def write_sharded(shape: Shape, folder: Path, dtype: str = "float32", shard_mb: float = SHARD_MB, seed: int = 0) -> Path:
+    """The same in files of about ``shard_mb`` with an index, one of them in memory at a time; returns the folder.
+
+    Large models are shipped so. Each tensor is drawn from its own seed: the values don't depend on the shards.
+    """
+    from safetensors.torch import save_file
+
+    config = _write_small_files(shape, folder)
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    _write_generation(shape, folder)
+    shapes = expected_shapes(Dims.from_config(config.to_dict()))
+    shards = list(_shards(shapes, shard_mb * 1e6 / DTYPES[dtype]))
+    where: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file({name: _random(name, shapes[name], dtype, seed) for name in names}, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(names, file)
+    total = sum(math.prod(size) for size in shapes.values()) * DTYPES[dtype]
+    layout.write_json(folder / layout.INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    return folder
+
+
+def _shards(shapes: dict[str, tuple[int, ...]], elements: float) -> Iterator[list[str]]:
+    """Names in groups of at most so many elements, where a tensor has no more."""
+    names: list[str] = []
+    for name, shape in shapes.items():
+        if names and sum(math.prod(shapes[one]) for one in names) + math.prod(shape) > elements:
+            yield names
+            names = []
+        names.append(name)
+    yield names
+
+
+def _random(name: str, shape: tuple[int, ...], dtype: str, seed: int) -> torch.Tensor:
+    """A tensor as transformers begins with it: normal weights, norms of one, biases of zero, the encoder's sine positions."""
+    import torch
+
+    kind: torch.dtype = getattr(torch, dtype)
+    if name.endswith(".bias"):
+        return torch.zeros(shape, dtype=kind)
+    if "norm" in name:
+        return torch.ones(shape, dtype=kind)
+    if name == "model.encoder.embed_positions.weight":
+        from transformers.models.whisper.modeling_whisper import sinusoids
+
+        positions: torch.Tensor = sinusoids(*shape)
+        return positions.to(kind)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    return torch.empty(shape).normal_(0, SPREAD, generator=generator).to(kind)
+
+
+def _write_small_files(shape: Shape, folder: Path) -> WhisperConfig:
+    """Write the tokenizer; returns the config, which is not written yet."""
+    from transformers import WhisperConfig
 
     folder.mkdir(parents=True, exist_ok=True)
     specials = special_tokens(shape.languages or 99)
-    ids = {token: _text_tokens(shape) + i for i, token in enumerate(specials)}
+    ids = _ids(shape)
     _write_tokenizer(folder, shape, specials)
     start, end = ids["<|startoftranscript|>"], ids["<|endoftext|>"]
-    config = WhisperConfig(
+    return WhisperConfig(
         vocab_size=len(ids) + _text_tokens(shape),
         num_mel_bins=shape.n_mels,
         d_model=shape.d_model,
@@ -68,10 +145,14 @@ def write(shape: Shape, folder: Path, seed: int = 0) -> Path:
         eos_token_id=end,
         pad_token_id=end,
     )
-    torch.manual_seed(seed)
-    WhisperForConditionalGeneration(config).save_pretrained(folder)
-    (folder / "generation_config.json").write_text(json.dumps(_generation(shape, ids), indent=2), encoding="utf-8")
-    return folder
+
+
+def _ids(shape: Shape) -> dict[str, int]:
+    return {token: _text_tokens(shape) + i for i, token in enumerate(special_tokens(shape.languages or 99))}
+
+
+def _write_generation(shape: Shape, folder: Path) -> None:
+    (folder / layout.GENERATION).write_text(json.dumps(_generation(shape, _ids(shape)), indent=2), encoding="utf-8")
 
 
 def _text_tokens(shape: Shape) -> int:
@@ -131,5 +212,18 @@ def _write_tokenizer(folder: Path, shape: Shape, specials: list[str]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--shard-mb", type=float, help="Write files of this many MB, one in memory at a time.")
+    options = parser.parse_args()
+    if options.shard_mb or options.dtype != "float32":
+        write_sharded(SHAPES[options.shape], options.folder, options.dtype, options.shard_mb or SHARD_MB)
+    else:
+        write(SHAPES[options.shape], options.folder)
+
+
 if __name__ == "__main__":
-    write(SHAPES[sys.argv[1]], Path(sys.argv[2]))
+    _main()

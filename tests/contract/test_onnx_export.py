@@ -20,6 +20,7 @@ from asr_core.checkpoint import Checkpoint
 from asr_core.errors import ExportError
 from exporters import onnx as exporter
 from exporters.onnx import PRECISIONS, nearest_int8
+from reference import shapes
 from runners import onnx as runner
 
 HEAD = "decoder.embed_tokens.weight"
@@ -163,6 +164,22 @@ def test_a_sharded_float16_checkpoint_gives_the_same_files(exported, shape_folde
     for name in GRAPHS:
         for file in (f"{name}.onnx", f"{name}.onnx.data"):
             assert (sharded.path / file).read_bytes() == (whole.path / file).read_bytes()
+
+
+def test_a_shape_is_traced_once(exported, shape_folder, export_here, tmp_path, monkeypatch):
+    traced = exported("fp32")
+
+    def trace(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("exporters.onnx._trace", trace)
+    other = shapes.write(shapes.SHAPES["mini"], tmp_path / "other", seed=1)
+    again = export_here(other, "onnx", "fp32")
+    assert again.manifest.files != traced.manifest.files
+    assert (again.path / "decoder.onnx").read_bytes() == (traced.path / "decoder.onnx").read_bytes()
+    export_here(other, "onnx", "int8")
+    with pytest.raises(AssertionError):
+        export_here(shape_folder("mini.en"), "onnx", "fp32")
 
 
 def unpacked(tensor: onnx.TensorProto, scales: onnx.TensorProto) -> np.ndarray:

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from asr_core.capacity import Cost, parameters
 from asr_export import schedule
 from asr_export.schedule import Need, Task
 
@@ -77,20 +78,18 @@ def test_an_earlier_export_tells_what_the_next_one_needs(talkative_artifact, tmp
     manifest = talkative_artifact.manifest
     shutil.copytree(talkative_artifact.path, tmp_path / "model" / "ctranslate2-fp32")
     (tmp_path / "damaged" / "ctranslate2-fp32").mkdir(parents=True)
-    same = schedule.need("ctranslate2-fp32", manifest.dims, tmp_path)
+    cost = Cost(memory_mb=500, memory=6, disk=4)
+    same = schedule.need("ctranslate2-fp32", cost, manifest.dims, tmp_path)
     assert same == Need(manifest.export_seconds, manifest.export_peak_rss_mb)
-    # A thousand more words: the weights that are more, five times in float32.
+    # A thousand more words: what more weights take.
     wider = manifest.dims.model_copy(update={"vocab": manifest.dims.vocab + 1000})
-    more = schedule.need("ctranslate2-fp32", wider, tmp_path)
-    assert more.memory_mb == pytest.approx(same.memory_mb + 5 * 4 * 1000 * manifest.dims.d_model / 1e6)
+    more = schedule.need("ctranslate2-fp32", cost, wider, tmp_path)
+    assert more.memory_mb == pytest.approx(same.memory_mb + 6 * 1000 * manifest.dims.d_model / 1e6)
     assert more.seconds > same.seconds
 
 
-def test_nobody_knows_what_a_new_export_needs(talkative_artifact, tmp_path):
-    need = schedule.need("onnx-fp32", talkative_artifact.manifest.dims, tmp_path)
-    assert need.seconds == math.inf
-    assert need.memory_mb > schedule.LIBRARIES_MB
-
-
-def test_there_is_memory():
-    assert schedule.available_mb() > 0
+def test_a_first_export_takes_what_its_exporter_knows(talkative_artifact, tmp_path):
+    dims = talkative_artifact.manifest.dims
+    known = schedule.need("onnx-fp32", Cost(memory_mb=500, memory=6, disk=4), dims, tmp_path)
+    assert known == Need(math.inf, pytest.approx(500 + 6 * parameters(dims) / 1e6))
+    assert schedule.need("planted-fp32", None, dims, tmp_path).memory_mb > known.memory_mb
