@@ -198,7 +198,11 @@ class Forms:
         """All parts of a weight's form; raises :class:`CheckpointError` where the weight is not what they stand for."""
         parts = {part: self.part(name, part) for part in sorted(self.parts(name))}
         weight = self._weights.read(name).float()
-        if (meant := _meant(parts, weight) - weight).abs().max() > ROUNDING * weight.abs().max() or not meant.isfinite().all():
+        # In place, and extremes instead of magnitudes: an embedding is large.
+        apart, largest = (
+            max(-float(low), float(high)) for low, high in (_meant(parts, weight).sub_(weight).aminmax(), weight.aminmax())
+        )
+        if not apart <= ROUNDING * largest:
             raise CheckpointError(
                 f"{self._file}: the form of {name} ({', '.join(parts)}) does not stand for its weights, which were changed "
                 f"since. Compress again; or remove {RECORD} and {SIDE}, and it is a checkpoint like any other."

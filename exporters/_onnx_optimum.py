@@ -16,6 +16,7 @@ from asr_core.artifact import TensorSpec
 from asr_core.checkpoint import Checkpoint
 from asr_core.folder import small_files
 from asr_core.isolate import Progress
+from exporters import onnx
 from exporters.onnx import Shape, Traceable, draft, ship
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
 PRECISIONS = tuple(SUFFIX)
-CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads"))
+CARRIES = {precision: onnx.CARRIES[precision] for precision in PRECISIONS}
 DATA = "_data"  # the ending of the weights' file that transformers.js looks for
 
 

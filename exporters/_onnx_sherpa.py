@@ -15,6 +15,7 @@ from asr_core.checkpoint import Checkpoint
 from asr_core.errors import ExportError
 from asr_core.isolate import Progress
 from asr_core.tokens import TokenIds, load_tokenizer
+from exporters import onnx
 from exporters.onnx import Traceable, draft, ship
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 NAME = "whisper"  # any will do: the client is told every file
 SUFFIX = {"fp32": "", "int8": ".int8"}
 PRECISIONS = tuple(SUFFIX)
-CARRIES = dict.fromkeys(PRECISIONS, ("factors", "heads"))
+CARRIES = {precision: onnx.CARRIES[precision] for precision in PRECISIONS}
 # GPT-2's tokenizers write the bytes that are not printable as characters from here on.
 SHIFTED = 256
 PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))

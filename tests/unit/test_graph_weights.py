@@ -15,6 +15,7 @@ from asr_core import build, graph
 from asr_core.checkpoint import Checkpoint
 from asr_core.compressed import RECORD, SIDE
 from asr_core.errors import CheckpointError
+from asr_export.export import announce
 from compressors import base, folder
 from compressors.model import Form, Model
 
@@ -108,6 +109,14 @@ def test_who_does_not_carry_a_form_says_so(compressed):
         "weights of 4-bit or smaller codes",
     ]
     assert [notice.split(" (")[0] for notice in build.notices(compressed, "onnx", "int4")] == [said[2].split(" (")[0]]
+
+
+def test_notices_are_said_once_for_all_who_have_them(compressed, capsys):
+    announce(compressed, [("onnx", "fp32"), ("onnx", "int4"), ("ctranslate2", "fp32"), ("ctranslate2", "fp16")])
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("Note: heads that were removed from the decoder's attentions (1) are stored and computed as zeros")
+    merged = [line for line in said if line.startswith("Note: low-rank weights (4) are stored multiplied out")]
+    assert [line.rpartition(" in ")[2] for line in merged] == ["ctranslate2-fp32, ctranslate2-fp16."]
 
 
 def test_the_fingerprint_covers_the_forms(compressed, damaged):
