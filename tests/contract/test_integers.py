@@ -99,7 +99,7 @@ def in_openvino(artifact: Artifact) -> list[tuple[int, np.ndarray]]:
             if node.get_type_name() != "Reshape" or node.input_value(0).get_node().get_type_name() != "Multiply":
                 continue
             codes = node.input_value(0).get_node().input_value(0).get_node().input_value(0).get_node()
-            if codes.get_type_name() == "Constant":
+            if codes.get_type_name() == "Constant" and len(node.shape) == 2:
                 alone = ov.Model([op.result(node.output(0))], [], "weight")
                 values = ov.Core().compile_model(alone, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})()[0]
                 found.append((codes.get_element_type().bitwidth, values.copy()))
