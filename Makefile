@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BENCH := artifacts/bench
+SHAPE ?= tiny
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export-all parity nightly test lint types bench compression-table clean
+.PHONY: help setup export-all parity nightly test lint types bench bench-peers compression-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -55,16 +56,40 @@ lint: .venv/.test
 types: .venv/.test
 	$(BIN)/mypy
 
-bench: setup $(BENCH)/tiny/config.json  ## speed of every runner on a tiny-shaped random checkpoint, as ratios to PyTorch
-	$(BIN)/asr-export --model $(BENCH)/tiny --target all --out $(BENCH)/artifacts
-	$(BIN)/asr-bench --model $(BENCH)/tiny --artifacts $(BENCH)/artifacts --json $(BENCH)/tiny.json
+bench: setup $(BENCH)/$(SHAPE)/config.json  ## speed of every runner on a random checkpoint of a SHAPE, as ratios to PyTorch and to the memory's floor
+	$(BIN)/asr-export --model $(BENCH)/$(SHAPE) --target all --out $(BENCH)/artifacts
+	$(BIN)/asr-bench --model $(BENCH)/$(SHAPE) --artifacts $(BENCH)/artifacts --json $(BENCH)/$(SHAPE).json
 
-$(BENCH)/tiny/config.json: | setup
-	$(BIN)/python -m reference.shapes tiny $(BENCH)/tiny
+$(BENCH)/%/config.json: | setup
+	$(BIN)/python -m reference.shapes $* $(BENCH)/$*
+
+PEERS := $(BENCH)/peers
+SHAPES := tiny base small
+
+.venv-peers/.done: constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet -c constraints.txt torch transformers safetensors faster-whisper openvino-genai \
+		openai-whisper sherpa-onnx pywhispercpp
+	touch $@
+
+.venv-optimum/.done:
+	$(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/pip install --quiet optimum-onnx==0.1.0 onnxruntime==1.31.1 torch==2.13.0
+	touch $@
+
+bench-peers: setup .venv-peers/.done .venv-optimum/.done $(SHAPES:%=$(BENCH)/%/config.json)  ## speed of our runners beside other programs'; ASR_EXPORT_WHISPER_CPP names a checkout of whisper.cpp
+	@for model in reference $(SHAPES:%=$(BENCH)/%); do \
+		for target in onnx "onnx --layout sherpa" ctranslate2 openvino tflite ncnn; do \
+			$(BIN)/asr-export --model $$model --target $$target --out $(BENCH)/artifacts || exit; \
+		done; \
+	done
+	ASR_EXPORT_PEERS_PYTHON=.venv-peers/bin/python ASR_EXPORT_OPTIMUM_PYTHON=.venv-optimum/bin/python \
+	$(BIN)/python -m asr_export.bench_peers $(SHAPES:%=--model $(BENCH)/%) --judged reference reference/clips/manifest.jsonl \
+		--artifacts $(BENCH)/artifacts --json $(PEERS).json --markdown $(PEERS).md --plot $(PEERS).png
 
 compression-table: .venv/.lab  ## every compression technique on every runtime that carries it; takes up an interrupted run
 	$(BIN)/asr-compress table --out artifacts/compression
 
 clean:  ## remove the artifacts and the virtual environment
-	rm -rf .venv
+	rm -rf .venv .venv-peers .venv-optimum
 	git clean -fdXq artifacts

@@ -183,16 +183,24 @@ class Forms:
 
     def part(self, name: str, part: str) -> torch.Tensor:
         """One part of a weight's form."""
+        tensor: torch.Tensor = self._get(name, part, "pt")
+        return tensor
+
+    def places(self, name: str, part: str) -> list[int]:
+        """The kept rows or columns, read without torch, whose fake tensors would not have values."""
+        found: list[int] = self._get(name, part, "np").tolist()
+        return found
+
+    def _get(self, name: str, part: str, framework: str) -> Any:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(str(self._file), framework="pt") as side:
-                tensor: torch.Tensor = side.get_tensor(f"{name}/{part}")
+            with safe_open(str(self._file), framework=framework) as side:
+                return side.get_tensor(f"{name}/{part}")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{self._file} is missing or damaged ({error}). Copy the whole folder again, or compress again."
             ) from error
-        return tensor
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
         """All parts of a weight's form; raises :class:`CheckpointError` where the weight is not what they stand for."""

@@ -51,7 +51,7 @@ class _Source:
     name: str
     side: Literal["left", "right"] | None = None
     axis: int = 0
-    kept: torch.Tensor | None = None
+    kept: list[int] | None = None
 
 
 class GraphWeights:
@@ -83,8 +83,8 @@ class GraphWeights:
         parts = {name: "kept_rows" for name in INNER if name.endswith("weight")} | {OUTPUT: "kept_columns"}
         if any(part not in self._forms.parts(f"{attention}.{name}") for name, part in parts.items()):
             return
-        kept, *others = [self._forms.part(f"{attention}.{name}", part) for name, part in parts.items()]
-        if _blocks(kept, width) is None or not all(kept.equal(other) for other in others):
+        kept, *others = [self._forms.places(f"{attention}.{name}", part) for name, part in parts.items()]
+        if _blocks(kept, width) is None or any(kept != other for other in others):
             return
         for name in (*INNER, OUTPUT):
             full = f"{attention}.{name}"
@@ -130,7 +130,7 @@ class GraphWeights:
         if source.side:
             return factor(self._forms.read(source.name), source.side)
         whole = self._weights.read(source.name)
-        return whole if source.kept is None else whole.index_select(source.axis, source.kept)
+        return whole if source.kept is None else _chosen(whole, source.axis, source.kept)
 
     def integers(self, name: str) -> Integers | None:
         """What the record has as this tensor's integers, None where there are none."""
@@ -143,14 +143,14 @@ class GraphWeights:
         scales = parts[f"{prefix}scales"].expand(len(codes), -1)
         if source.kept is not None:
             group = codes.shape[1] // scales.shape[1]
-            codes = codes.index_select(source.axis, source.kept)
+            codes = _chosen(codes, source.axis, source.kept)
             if source.axis == 0:
-                scales = scales.index_select(0, source.kept)
+                scales = _chosen(scales, 0, source.kept)
             elif scales.shape[1] > 1:
                 groups = _blocks(source.kept, group)
                 if groups is None:  # some lost a part of their columns
                     return None
-                scales = scales.index_select(1, groups)
+                scales = _chosen(scales, 1, groups)
         return Integers(codes.contiguous(), scales.contiguous(), self._forms.bits(source.name) or MOST_BITS)
 
     def palette(self, name: str) -> Palette | None:
@@ -161,9 +161,9 @@ class GraphWeights:
         parts = self._forms.read(source.name)
         centroids, indices = parts["centroids"], parts["indices"]
         if source.kept is not None:
-            indices = indices.index_select(source.axis, source.kept)
+            indices = _chosen(indices, source.axis, source.kept)
             if source.axis == 0 and len(centroids) > 1:
-                centroids = centroids.index_select(0, source.kept)
+                centroids = _chosen(centroids, 0, source.kept)
         return Palette(centroids, indices)
 
     def inputs(self, name: str) -> tuple[float, int] | None:
@@ -180,8 +180,13 @@ def palettes(count: int, size: int) -> str:
     return f"palettes{bits}" if count == 1 else f"row palettes{bits}"
 
 
-def _blocks(kept: torch.Tensor, size: int) -> torch.Tensor | None:
+def _chosen(tensor: torch.Tensor, axis: int, places: list[int]) -> torch.Tensor:
+    import torch
+
+    return tensor.index_select(axis, torch.tensor(places))
+
+
+def _blocks(kept: list[int], size: int) -> list[int] | None:
     """The blocks of ``size`` neighbours that make up the kept places, None where some are there in part."""
-    blocks = kept[::size] // size
-    whole = (blocks[:, None] * size + blocks.new_tensor(range(size))).flatten()
-    return blocks if whole.equal(kept) else None
+    blocks = [place // size for place in kept[::size]]
+    return blocks if kept == [block * size + i for block in blocks for i in range(size)] else None

@@ -2,31 +2,36 @@
 
 Each runner lives in a process of its own with its threads pinned; in every round each does the same work in turn, so that a
 machine that speeds up or slows down does so for all of them. PyTorch is transformers with scaled-dot-product attention and a
-KV cache.
+KV cache. A second table holds decoding against the least that a step has to read from memory; where the time of the one farthest
+from it goes is said by operation.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from asr_export import profile
 from asr_export.cli import checkpoint_options, handle_errors, open_checkpoint, stage_progress
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from asr_core.dims import Dims
     from runners.base import Runner
 
 REFERENCE = "pytorch-fp32"
+PROMPT = 4  # tokens before the forced ones
 PARTS = ("encode_s", "prompt_s", "decode_s")
 Sample = dict[str, float | None]
 Samples = dict[str, list[Sample]]
@@ -76,10 +81,76 @@ def main(
     contenders += [Contender(f"pytorch {name}", "pytorch", checkpoint.path, name) for name in _chosen(variants)]
     contenders += [Contender(f"{m.target}-{m.precision}", m.target, f) for f in folders for m in [read_manifest(f)]]
     samples = measure(contenders, rounds, tokens, threads)
-    content = {"schema": 1, "host": report.host() | {"threads": threads}, "model": checkpoint.name, "tokens": tokens}
-    report.write_json(json_file, content | {"samples": samples})
+    roofs = _roofs(checkpoint.dims, [c for c in contenders if c.name in samples and c.variant is None], tokens, threads)
+    content = {"schema": 2, "host": report.host() | {"threads": threads}, "model": checkpoint.name, "tokens": tokens}
+    report.write_json(json_file, content | {"samples": samples, "roofs": {name: asdict(roof) for name, roof in roofs.items()}})
     terminal = Console()
-    (terminal if terminal.is_terminal else Console(width=140)).print(table(samples))
+    terminal = terminal if terminal.is_terminal else Console(width=140)
+    terminal.print(table(samples))
+    reached = {name: roof.floor_s / _step_s(samples[name], tokens) for name, roof in roofs.items()}
+    terminal.print(roofline(samples, roofs, reached, tokens))
+    slowest = _slowest(contenders, reached, threads)
+    if slowest:
+        terminal.print(profile.table([slowest]))
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What a decode step reads at least, and the seconds that memory takes to hand it over."""
+
+    bytes: int
+    floor_s: float
+
+
+def _roofs(dims: Dims, contenders: list[Contender], tokens: int, threads: int) -> dict[str, Roof]:
+    from asr_core import isolate
+    from asr_core.artifact import read_manifest
+    from parity.roofline import FLOAT32, cache_bytes, step_bytes
+
+    outcome = isolate.run("parity.roofline:bandwidth", {}, threads=threads)
+    speed = isolate.result_or_raise(outcome, "timing the memory")["bytes_per_s"]
+    roofs = {}
+    for contender in contenders:
+        precision, width = "fp32", FLOAT32
+        if contender.name != REFERENCE:
+            manifest = read_manifest(contender.path)
+            precision, width = manifest.precision, cache_bytes(manifest.tensors)
+        size = step_bytes(dims, precision, width, PROMPT + (tokens - 1) / 2)
+        roofs[contender.name] = Roof(size, size / speed)
+    return roofs
+
+
+def _step_s(own: list[Sample], tokens: int) -> float:
+    return statistics.median(sample["decode_s"] or 0.0 for sample in own) / tokens
+
+
+def roofline(samples: Samples, roofs: dict[str, Roof], reached: dict[str, float], tokens: int) -> Table:
+    """Bytes of a step, the floor that memory sets, and the share of it that is reached."""
+    from rich.table import Table
+
+    speed = max(roof.bytes / roof.floor_s for roof in roofs.values()) / 1e9
+    out = Table(title=f"Decode steps and the memory's floor, {speed:.1f} GB/s measured", title_justify="left")
+    out.add_column("runner", no_wrap=True)
+    for head in ("MB a step", "floor ms", "step ms", "share"):
+        out.add_column(head, justify="right", no_wrap=True)
+    for name, roof in roofs.items():
+        step = _step_s(samples[name], tokens)
+        out.add_row(name, f"{roof.bytes / 1e6:.1f}", f"{1000 * roof.floor_s:.2f}", f"{1000 * step:.2f}", f"{reached[name]:.0%}")
+    return out
+
+
+def _slowest(contenders: list[Contender], reached: dict[str, float], threads: int) -> tuple[str, Any] | None:
+    """The profile of the runner that is farthest from its floor, of those whose runtimes tell."""
+    from asr_core import isolate
+
+    known = {contender.name: contender for contender in contenders}
+    for name in sorted(reached, key=reached.__getitem__):
+        given = {"target": known[name].target, "path": str(known[name].path), "threads": threads, "windows": 2, "steps": 20}
+        outcome = isolate.run("parity.profile:measure", given, threads=threads)
+        calls = isolate.result_or_raise(outcome, f"profiling {name}")["calls"]
+        if calls is not None:
+            return name, calls
+    return None
 
 
 def _chosen(variants: tuple[str, ...]) -> tuple[str, ...]:

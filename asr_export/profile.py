@@ -57,29 +57,30 @@ def profile(
             else:
                 profiles.append((name, calls))
     terminal = Console()
-    (terminal if terminal.is_terminal else Console(width=120)).print(_table(profiles))
+    (terminal if terminal.is_terminal else Console(width=120)).print(table(profiles))
     if trace:
         report.write_json(trace, chrome_trace(profiles))
 
 
-def _table(profiles: list[tuple[str, Calls]]) -> Table:
+def table(profiles: list[tuple[str, Calls]]) -> Table:
+    """One row a kind of operation, by runner and part."""
     from rich.table import Table
 
     from parity.profile import leading, shares
 
-    table = Table(title=f"Where time goes: means a call; kinds below {LEAST:.0%} are left out")
+    out = Table(title=f"Where time goes: means a call; kinds below {LEAST:.0%} are left out")
     for column in ("runner", "part", "operation"):
-        table.add_column(column, no_wrap=True)
+        out.add_column(column, no_wrap=True)
     for column in ("a call", "ms", "share"):
-        table.add_column(column, justify="right")
+        out.add_column(column, justify="right")
     for name, calls in profiles:
         before = ""
         for share in leading(shares(calls), LEAST):
             start = share.part != before
-            table.add_row(
+            out.add_row(
                 name if start else "", share.part if start else "", share.kind,
                 f"{share.count:.0f}×", f"{1000 * share.seconds:.3f}", f"{share.share:.1%}",
             )  # fmt: skip
             before = share.part
-        table.add_section()
-    return table
+        out.add_section()
+    return out

@@ -93,11 +93,11 @@ def main(
         space = Space(source.dims, precisions, repair)
         search = Search(space, bounds, lab, root, trials, seed, allow_slower, tell)
         found = search.run()
-    _write(found, lab, out)
+    _write(found, bounds, lab, out)
     _report(found, bounds, out)
 
 
-def _write(found: Found, lab: Workbench, out: Path) -> None:
+def _write(found: Found, budget: Budget, lab: Workbench, out: Path) -> None:
     """The front, its picture, and the winner; what an earlier search left under the winner's names is replaced."""
     import yaml
 
@@ -107,7 +107,7 @@ def _write(found: Found, lab: Workbench, out: Path) -> None:
     winner = found.winner and {"candidate": asdict(found.winner.candidate), "figures": asdict(found.winner.figures)}
     document: dict[str, Any] = {"winner": winner, "front": listed, "rejected": found.rejected}
     search.write(out / FRONT, json.dumps(document, indent=1) + "\n")
-    search.plot(found.points, found, out / PLOT)
+    search.plot(found.points, found.winner, budget, out / PLOT)
     if found.winner is None:
         return
     candidate = found.winner.candidate

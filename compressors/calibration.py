@@ -34,8 +34,8 @@ LEAST_SECONDS = 10.0  # of sound, over all clips
 SILENCE = 1e-3  # root mean square of 10 ms, of full scale 1 (-60 dB)
 SAMPLES_PER_POSITION = 2 * audio.HOP  # of the encoder
 # A window's padding together counts as this share of its sound. Short clips are mostly padding: with equal weights for every
-# position, compression would spend its precision on silence (int4 by GPTQ: KL .0062 against .0037).
-PADDING = 0.25
+# position, compression would spend its precision on silence.
+PADDING = 0.05
 
 
 # Told of the inputs [rows, K] of a linear layer for one window, and of how much each row counts, float32 [rows, 1].

@@ -109,13 +109,13 @@ class Comparison:
         try:
             recipe = recipes.read_whole(file)
         except UsageError as error:
-            return [] if pytorch else [Line(file.stem, file.stem, [], PYTORCH, problem=str(error))]
+            return [] if pytorch else [Line(file.stem, file.stem, [], PYTORCH, problem=_sentence(error))]
         try:
             made = self._checkpoint(file.stem, recipe)
         except StorageError:
             raise
         except AsrExportError as error:
-            return [] if pytorch else [Line(file.stem, recipe.title, _methods(recipe), PYTORCH, problem=str(error))]
+            return [] if pytorch else [Line(file.stem, recipe.title, _methods(recipe), PYTORCH, problem=_sentence(error))]
         return self._lines(file.stem, replace(recipe, artifacts=[f"{PYTORCH}-{PLAIN}"]) if pytorch else recipe, made)
 
     def _lines(self, name: str, recipe: Recipe, checkpoint: Checkpoint) -> list[Line]:
@@ -131,7 +131,7 @@ class Comparison:
             except StorageError:
                 raise
             except AsrExportError as error:
-                made.append(replace(line, problem=str(error)))
+                made.append(replace(line, problem=_sentence(error)))
         return made
 
     def _checkpoint(self, name: str, recipe: Recipe) -> Checkpoint:
@@ -228,6 +228,11 @@ def targets(chosen: Sequence[Path]) -> list[str]:
         except UsageError:
             continue  # its line will say so
     return sorted(set(named))
+
+
+def _sentence(error: AsrExportError) -> str:
+    """Its last line: before it may stand a traceback of a process of its own."""
+    return str(error).strip().splitlines()[-1]
 
 
 def _methods(recipe: Recipe) -> list[str]:

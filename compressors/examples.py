@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -65,6 +65,11 @@ class Batch:
     inputs: Tensor
     labels: Tensor
     states: Tensor | None = None
+
+    @property
+    def heard(self) -> dict[str, Any]:
+        """What transformers' model is given beside the decoder's inputs."""
+        return {"input_features": self.mel} if self.states is None else {"encoder_outputs": (self.states,)}
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""

@@ -14,6 +14,7 @@ from compressors.linears import bias_of
 from compressors.model import DENSE, Form, Model, mask_of, pruned_parts
 
 POSITIONS = "model.encoder.embed_positions.weight"  # sinusoids, which Whisper never trains
+ENCODER = "model.encoder."
 SIDES = ("left", "right")
 
 
@@ -96,7 +97,7 @@ def latents(model: Model, roundings: Mapping[str, Rounding], *, encoder: bool = 
     for name, tensor in model.tensors.items():
         form, rounding = model.form(name), roundings.get(name)
         integral = bool(form.parts.keys() & {"codes", "left_codes", "centroids"}) and rounding is None
-        fixed = integral or name == POSITIONS or (not encoder and name.startswith("model.encoder."))
+        fixed = integral or name == POSITIONS or (not encoder and name.startswith(ENCODER))
         if rounding is not None and "left_codes" in form.parts:
             form = DENSE
         mask = biases.get(name) if tensor.ndim == 1 else mask_of(form, tensor.shape)

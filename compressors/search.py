@@ -114,7 +114,8 @@ class Search:
         study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=self.seed + len(study.trials))
         if name not in known:
             for precision in self.space.precisions:
-                study.enqueue_trial(self.space.plain(precision))
+                for chosen in self.space.starts(precision):
+                    study.enqueue_trial(chosen)
         for trial in study.trials:
             if "slower" in trial.user_attrs:
                 self._ratios[Candidate(**trial.user_attrs["candidate"]).key] = trial.user_attrs["slower"]
@@ -246,23 +247,32 @@ def front(points: Iterable[Point]) -> list[Point]:
     return sorted(best, key=axes)
 
 
-def plot(points: Sequence[Point], found: Found, file: Path) -> None:
-    """Draw size against ΔWER: every measured point, its colour the latency, the front joined, the winner marked."""
+def plot(points: Sequence[Point], winner: Point | None, budget: Budget, file: Path) -> None:
+    """Draw size against ΔWER: what was measured, coloured by latency, the front, the budget's limits, and the winner.
+
+    What was too large to be measured is a tick on the size axis.
+    """
     from matplotlib.figure import Figure
 
     measured = [point.figures for point in points if point.figures.measured]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    drawn = axes.scatter(
-        [f.size for f in measured], [f.delta_wer for f in measured], c=[1e3 * f.latency_p50 for f in measured], cmap="viridis"
+    latencies = [1e3 * f.latency_p50 for f in measured]
+    drawn = axes.scatter([f.size for f in measured], [f.delta_wer for f in measured], c=latencies, cmap="viridis", zorder=2)
+    best = [point.figures for point in front(points)]
+    axes.step(
+        [f.size for f in best], [f.delta_wer for f in best], where="post", color="grey", linewidth=0.8, label="Pareto front"
     )
-    best = front(points)
-    axes.step([p.figures.size for p in best], [p.figures.delta_wer for p in best], where="post", color="grey", linewidth=0.8)
-    if found.winner is not None:
-        won = found.winner.figures
-        axes.plot(won.size, won.delta_wer, "r*", markersize=16, label=f"the winner, on all clips: {found.winner.candidate}")
-        axes.legend(fontsize=7)
-    axes.set(xlabel="size of the artifact, MB", ylabel="ΔWER on few clips, points", title="Search")
+    for figure_name, line in (("size", axes.axvline), ("delta_wer", axes.axhline)):
+        if (limit := budget.limit(figure_name)) is not None:
+            line(limit, color="tab:red", linestyle="--", linewidth=0.8)
+    if unmeasured := [point.figures.size for point in points if not point.figures.measured]:
+        bottom = axes.get_xaxis_transform()
+        axes.plot(unmeasured, [0.02] * len(unmeasured), "|", color="grey", transform=bottom, label="too large, not run")
+    if winner is not None:
+        axes.plot(winner.figures.size, winner.figures.delta_wer, "r*", markersize=14, label="winner, on all clips", zorder=3)
+    axes.legend(fontsize=8)
+    axes.set(xlabel="size of the artifact, MB", ylabel="ΔWER on few clips, points", title=f"Search within {budget}")
     figure.colorbar(drawn, label="median latency, ms")
     figure.savefig(file, dpi=150)
 

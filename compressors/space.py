@@ -43,7 +43,7 @@ class Candidate:
         return f"{self.precision}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
     def __str__(self) -> str:
-        told = [f"{name} {_told(given)}" for step in self.steps for name, given in step.items()]
+        told = [f"{name} {_told(name, given)}" for step in self.steps for name, given in step.items()]
         return f"{self.precision}: {', then '.join(told) or 'the source as it is'}"
 
 
@@ -68,6 +68,12 @@ class Space:
     def plain(self, precision: str) -> dict[str, Any]:
         """The choices that cut nothing, with 8 bits where there is a choice."""
         return {name: options[0] for name, options in self.choices(precision).items()} | {"precision": precision}
+
+    def starts(self, precision: str) -> list[dict[str, Any]]:
+        """What is tried before anything else: nothing cut, with the most bits and with the fewest."""
+        most = self.plain(precision)
+        fewest = most | {name: options[-1] for name, options in self.choices(precision).items() if "bits" in name}
+        return [most] if fewest == most else [most, fewest]
 
     def suggest(self, trial: BaseTrial) -> Candidate:
         """What an optimiser's trial chooses."""
@@ -112,5 +118,8 @@ class Space:
         return int(min(MOST_GROUPS, getattr(self.dims, f"{side}_layers")))
 
 
-def _told(given: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in given.items())
+def _told(name: str, given: Mapping[str, Any]) -> str:
+    if name != "quantise":
+        return " ".join(f"{key}={value}" for key, value in given.items())
+    layers = [pattern.removeprefix("model.").removesuffix(".*").replace(".layers.", " ") for pattern in given.get("only", [])]
+    return f"to {given['bits']} bits {', '.join(layers + ['embedding'] * given['embedding'])}"

@@ -77,7 +77,7 @@ def remainder(logs: Tensor) -> Tensor:
 
 
 class Live:
-    """A teacher that answers as it is asked; its encoder states come along."""
+    """A teacher that answers as it is asked; its encoder states come along, but for a batch that has them: those are its own."""
 
     def __init__(self, model: Model, temperature: float, device: torch.device) -> None:
         self._module = model.module().to(device).requires_grad_(requires_grad=False)
@@ -86,9 +86,10 @@ class Live:
     def target(self, indices: Sequence[int], batch: Batch) -> Target:
         """The answers to a batch."""
         with torch.no_grad():
-            said = self._module(input_features=batch.mel, decoder_input_ids=batch.inputs, use_cache=False)
+            said = self._module(**batch.heard, decoder_input_ids=batch.inputs, use_cache=False)
         logits = said.logits.float()[batch.labels != IGNORED]
-        return Whole((logits / self._temperature).log_softmax(-1), self._temperature, said.encoder_last_hidden_state)
+        states = said.encoder_last_hidden_state if batch.states is None else None
+        return Whole((logits / self._temperature).log_softmax(-1), self._temperature, states)
 
 
 class Kept:

@@ -121,7 +121,7 @@ class Encoded:
 
 
 def _trains_encoder(made: Mapping[str, Latent]) -> bool:
-    return any(one.trained and name.startswith("model.encoder.") for name, one in made.items())
+    return any(one.trained and name.startswith(latent.ENCODER) for name, one in made.items())
 
 
 def device() -> torch.device:
@@ -179,8 +179,7 @@ def loss_of(
     module: nn.Module, made: Mapping[str, Latent], batch: Batch, target: Target, weighing: Weighing, *, half: bool = False
 ) -> Tensor:
     """The weighed loss of a batch."""
-    given: dict[str, Any] = {"decoder_input_ids": batch.inputs, "use_cache": False}
-    given |= {"input_features": batch.mel} if batch.states is None else {"encoder_outputs": (batch.states,)}
+    given = {"decoder_input_ids": batch.inputs, "use_cache": False, **batch.heard}
     with torch.autocast(batch.mel.device.type, dtype=torch.bfloat16, enabled=half):
         said: Any = torch.func.functional_call(module, latent.values(made), kwargs=given, tie_weights=False)
     judged = batch.labels != IGNORED

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic import Field
 
 from asr_core.isolate import Progress
@@ -56,20 +57,34 @@ def tuned(
     calibration: Calibration,
     progress: Progress,
     part: str = "",
+    *,
+    rest: bool = False,
 ) -> Applied:
-    """Train with some weights rounded on the way; ``part`` names one of several trainings of a step."""
+    """Train with some weights rounded on the way; ``part`` names one of several trainings of a step.
+
+    With ``rest``, the encoder stays as it is where it is the parent's.
+    """
     source = parent_of(parameters.parent, calibration)
+    parent = Model.open(source)
     work = training.work_of(calibration, "finetune")
     chosen = Heard(examples.gather(source, parameters.data, parameters.windows, parameters.seed, work), calibration, work)
     return training.train(
         model,
-        latent.latents(model, roundings),
+        latent.latents(model, roundings, encoder=not (rest and _same_encoder(model, parent))),
         chosen,
-        Live(Model.open(source), 1.0, training.device()),
+        Live(parent, 1.0, training.device()),
         Weighing(parameters.entropy, parameters.divergence, parameters.encoder),
         parameters,
         work / part,
         progress,
+    )
+
+
+def _same_encoder(model: Model, parent: Model) -> bool:
+    names = {name for one in (model, parent) for name in one.tensors if name.startswith(latent.ENCODER)}
+    return all(
+        name in model.tensors and name in parent.tensors and torch.equal(model.tensors[name], parent.tensors[name])
+        for name in names
     )
 
 

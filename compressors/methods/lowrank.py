@@ -18,7 +18,7 @@ from torch import Tensor
 
 from asr_core.errors import UsageError
 from asr_core.isolate import Progress
-from compressors import linears, obs
+from compressors import linears
 from compressors.base import Applied, OnLinears
 from compressors.calibration import Calibration, Moments
 from compressors.linears import Treated, bias_of
@@ -26,8 +26,8 @@ from compressors.model import Form, Model
 
 # Ranks that are worked out, not given, are multiples of this, as block-wise integer kernels want them.
 MULTIPLE = 16
-# Far below the damping of error compensation: it only has to keep a square root invertible.
-DAMPING = 1e-6
+# Of the largest: below this share, directions of the inputs count as equally rare. It keeps the square root invertible.
+RAREST = 1e-8
 
 
 class Parameters(OnLinears):
@@ -97,10 +97,11 @@ def svd(weight: Tensor) -> Spectrum:
 
 def whitened(weight: Tensor, second: Tensor) -> Spectrum:
     """The decomposition of W L, where H = L Lᵀ are the inputs' second moments, times L's inverse."""
-    root = torch.linalg.cholesky(obs.damped(second, DAMPING))
-    u, s, v = torch.linalg.svd(weight @ root, full_matrices=False)
-    right = torch.linalg.solve_triangular(root, s.sqrt()[:, None] * v, upper=False, left=False)
-    return Spectrum(u * s.sqrt(), right, s.square())
+    # Not Cholesky's: short calibration leaves H singular, and a hair's breadth below zero after rounding.
+    powers, directions = torch.linalg.eigh(second.double())
+    scales = powers.clamp(min=max(float(powers[-1]) * RAREST, torch.finfo(torch.float64).tiny)).sqrt()
+    u, s, v = torch.linalg.svd((weight @ directions) * scales, full_matrices=False)
+    return Spectrum(u * s.sqrt(), s.sqrt()[:, None] * (v / scales) @ directions.T, s.square())
 
 
 def pca(weight: Tensor, moments: Moments) -> Spectrum:

@@ -1,6 +1,7 @@
 """Quantisation-aware training: weights are rounded whenever they are used, and learn to be rounded (straight-through).
 
-What error compensation cannot do at ternary weights, training can. The other tensors move along; the loss is that of fine-tuning.
+What error compensation cannot do at ternary weights, training can. The other tensors move along, the encoder's where any of them
+is rounded; the loss is that of fine-tuning.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pydantic import Field
 from asr_core.dims import EMBEDDING
 from asr_core.errors import UsageError
 from asr_core.isolate import Progress
+from compressors import latent
 from compressors.base import Applied
 from compressors.calibration import Calibration
 from compressors.latent import Rounding
@@ -26,7 +28,9 @@ class Parameters(finetune.Parameters):
     bits: Literal[8, 4, 2] = Field(default=4, description="bits of a code; 2 is ternary: -1, 0 or 1")
     group: int | None = Field(default=None, ge=8, description="weights of a row that share a scale; else the whole row does")
     embedding: bool = Field(default=False, description="round the token embedding, which is the head too")
-    rate: float = Field(default=2e-4, gt=0, description="peak learning rate; rounded weights need a higher one than others")
+    rate: float = Field(
+        default=2e-4, gt=0, description="peak learning rate; ternary weights need 2e-3, weights that are not rounded less"
+    )
 
 
 def apply(model: Model, parameters: Parameters, calibration: Calibration, progress: Progress) -> Applied:
@@ -35,7 +39,8 @@ def apply(model: Model, parameters: Parameters, calibration: Calibration, progre
     for name in names:
         _check_group(model, name, parameters.group)
     roundings = dict.fromkeys(names, Rounding(parameters.bits, parameters.group))
-    return finetune.tuned(model, roundings, parameters, calibration, progress)
+    rest = not any(name.startswith(latent.ENCODER) for name in names)
+    return finetune.tuned(model, roundings, parameters, calibration, progress, rest=rest)
 
 
 def control(model: Model, parameters: Parameters) -> tuple[str, dict[str, object]]:

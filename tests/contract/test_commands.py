@@ -121,6 +121,7 @@ PLANTED_EXPORTER = '''
 from exporters import onnx
 
 PRECISIONS = ("fp32",)
+CARRIES = {}
 
 def export(checkpoint, folder, precision, progress):
     state = checkpoint.weights.read

@@ -316,5 +316,7 @@ def test_what_halves_cannot_hold_is_refused_with_every_reason(mini, tmp_path):
 
 
 def test_a_matrix_that_ncnn_cannot_count_is_refused_with_every_reason(tmp_path):
+    shapes = expected_shapes(HUGE)
+    weights = SimpleNamespace(names=list(shapes), shape=shapes.__getitem__)
     with pytest.raises(ExportError, match=r"(?s)fc1\.weight has 2560000000 values.*fc2\.weight has 2560000000 values"):
-        exporter.export(SimpleNamespace(dims=HUGE, weights=None), tmp_path, "fp32", lambda stage: None)
+        exporter.export(SimpleNamespace(dims=HUGE, graph_weights=weights), tmp_path, "fp32", lambda stage: None)

@@ -228,6 +228,12 @@ def test_whitened_leaves_the_least_error_of_outputs():
     assert output_error(x, weight, made.weight) == pytest.approx(least, rel=1e-4)
 
 
+def test_whitening_bears_fewer_inputs_than_columns():
+    x, weight = rows_of_inputs(20, rows=6), weight_of(12, 20)
+    made = lowrank._cut(None, lowrank.whitened(weight.double(), moments_of(x).second), 6)
+    assert output_error(x, weight, made.weight) < 1e-3 * output_error(x, weight, 0 * weight)
+
+
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
 def test_pca_is_scikit_learns(shape):
     x, weight, bias = rows_of_inputs(shape[1]), weight_of(*shape), weight_of(1, shape[0], seed=3)[0]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import WhisperForConditionalGeneration
 
 from asr_core import build, graph
@@ -85,6 +86,17 @@ def test_the_graph_is_smaller_and_says_the_same(compressed):
         logits = graph.DynamicStep(decoder, [(1, 0)])(tokens, past, cross)[0]
     torch.testing.assert_close(states, found.encoder_last_hidden_state, atol=1e-4, rtol=0)
     torch.testing.assert_close(logits, found.logits, atol=2e-4, rtol=0)
+
+
+def test_the_graph_is_made_without_memory(compressed):
+    fresh = Checkpoint.open(compressed.path)
+    with torch.device("meta"):
+        encoder = graph.encoder(fresh)
+    assert encoder.layers[1].self_attn.q_proj.weight.shape == (WIDTH, 128)
+    fresh = Checkpoint.open(compressed.path)
+    with FakeTensorMode():
+        decoder = graph.decoder(fresh)
+    assert decoder.blocks[1].fc1.left.weight.shape == (512, 32)
 
 
 def test_every_tensor_of_the_graph_has_its_own_integers(compressed):

@@ -144,6 +144,8 @@ def test_every_choice_is_a_recipe(space):
         for name, given in step.items():
             base.parameters(name, given)  # no complaint
     assert made.key != plain.key
+    assert str(made).endswith("then quantise to 4 bits encoder 1")
+    assert "quantise to 8 bits encoder 0, decoder 0, embedding" in str(made)
 
 
 def test_bits_follow_the_layers_that_stay(space):
@@ -153,6 +155,9 @@ def test_bits_follow_the_layers_that_stay(space):
 
 def test_bits_are_chosen_only_where_they_make_something_smaller(space):
     assert not [name for name in space.choices("fp32") if "bits" in name]
+    assert len(space.starts("fp32")) == 1
+    most, fewest = map(space.candidate, space.starts("int4"))
+    assert [step["quantise"]["bits"] for step in most.steps + fewest.steps] == [8, 4]
     assert len([name for name in space.choices("int4") if "bits" in name]) == 5  # two layers of each side, and the embedding
 
 
@@ -246,7 +251,7 @@ def test_the_front_is_what_nothing_beats():
 
 def test_the_picture(space, tmp_path):
     found = searched(space, Paper(), tmp_path, "size<=4", trials=4)
-    search.plot(found.points, found, tmp_path / "front.png")
+    search.plot(found.points, found.winner, budget.parse("size<=4"), tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
 
 
