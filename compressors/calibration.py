@@ -155,10 +155,12 @@ class Calibration:
         """The clips that any method has looked at, by their hashes."""
         return sorted({window.clip for window in self._windows or []} | self.trained)
 
-    def moments(self, model: Model) -> dict[str, Moments]:
-        """Of the inputs of every linear layer, by its weight, when the model hears the windows."""
+    def moments(self, model: Model, names: Sequence[str] = ()) -> dict[str, Moments]:
+        """Of the inputs of some linear layers, or all, by their weights, when the model hears the windows."""
+        if names:
+            return _moments(model, self.windows, names)
         if self._moments is None or self._moments[0] is not model:
-            self._moments = (model, _moments(model, self.windows))
+            self._moments = (model, _moments(model, self.windows, [name for block in model.blocks for name in block]))
         return self._moments[1]
 
 
@@ -170,8 +172,8 @@ def logits(module: WhisperForConditionalGeneration, window: Window) -> Tensor:
     return out[0, window.prompt - 1 :]
 
 
-def _moments(model: Model, heard: Sequence[Window]) -> dict[str, Moments]:
-    collectors = {name: _Collector(model.tensors[name].shape[1]) for block in model.blocks for name in block}
+def _moments(model: Model, heard: Sequence[Window], names: Sequence[str]) -> dict[str, Moments]:
+    collectors = {name: _Collector(model.tensors[name].shape[1]) for name in names}
     watch(model, heard, collectors)
     return {name: collector.moments() for name, collector in collectors.items()}
 

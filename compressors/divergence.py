@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from asr_core.decode import Logits
 from asr_core.errors import UsageError
 from compressors.calibration import Window, logits
 from compressors.model import Model
@@ -21,6 +22,15 @@ def mean_kl(parent: Model, candidate: Model, heard: Sequence[Window], seen: Sequ
     shared = {window.clip for window in heard} & set(seen)
     if shared:
         raise UsageError(f"{len(shared)} of the {len(heard)} clips were used to calibrate: judge on others.")
-    ours, theirs = parent.module(), candidate.module()
-    found = [weights.divergence(logits(ours, window).numpy(), logits(theirs, window).numpy()) for window in heard]
-    return float(np.concatenate(found).mean())
+    return mean(predictions(parent, heard), predictions(candidate, heard))
+
+
+def predictions(model: Model, heard: Sequence[Window]) -> list[Logits]:
+    """A model's logits for the text of every window, forced with its tokens."""
+    module = model.module()
+    return [logits(module, window).numpy() for window in heard]
+
+
+def mean(ours: Sequence[Logits], theirs: Sequence[Logits]) -> float:
+    """Mean KL(ours || theirs) in nats over every position of every window."""
+    return float(np.concatenate(list(map(weights.divergence, ours, theirs))).mean())

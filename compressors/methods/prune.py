@@ -6,18 +6,22 @@ Wanda: Sun et al. 2023; SparseGPT: Frantar and Alistarh 2023. Dense kernels gain
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from asr_core.compressed import Effect
 from asr_core.isolate import Progress
 from compressors import linears, obs
 from compressors.base import Applied, OnLinears
 from compressors.calibration import Calibration, Moments
 from compressors.linears import Treated
 from compressors.model import Form, Model
+
+Treat = Callable[[Tensor, Moments, float], Treated]
 
 
 class Parameters(OnLinears):
@@ -42,11 +46,20 @@ def apply(model: Model, parameters: Parameters, calibration: Calibration, progre
     if parameters.criterion == "magnitude":
         masks = _by_magnitude({name: model.tensors[name] for name in names}, parameters)
         return linears.treat_each(model, names, None, lambda name: _masked(model.tensors[name], masks[name]), progress)
-    moments = calibration.moments(model)
-    treat = _WITH_MOMENTS[parameters.criterion]
-    return linears.treat_each(
-        model, names, moments, lambda name: treat(model.tensors[name], moments[name], parameters.sparsity), progress
-    )
+    treat, made, effects = _WITH_MOMENTS[parameters.criterion], model, list[Effect]()
+    for block in model.blocks:
+        if chosen := [name for name in block if name in names]:
+            # As the blocks before it have become: many zeros change what a block hears.
+            moments = calibration.moments(made, chosen)
+            applied = linears.treat_each(
+                made, chosen, moments, partial(_treated, treat, made, moments, parameters.sparsity), progress
+            )
+            made, effects = applied.model, effects + applied.effects
+    return Applied(made, effects)
+
+
+def _treated(treat: Treat, model: Model, moments: Mapping[str, Moments], sparsity: float, name: str) -> Treated:
+    return treat(model.tensors[name], moments[name], sparsity)
 
 
 def _masked(weight: Tensor, mask: Tensor) -> Treated:
@@ -86,4 +99,4 @@ def _sparsegpt(weight: Tensor, moments: Moments, sparsity: float) -> Treated:
     return Treated(obs.compensate(weight, moments.second, plan), Form({"mask": mask}))
 
 
-_WITH_MOMENTS = {"wanda": _wanda, "sparsegpt": _sparsegpt}
+_WITH_MOMENTS: dict[str, Treat] = {"wanda": _wanda, "sparsegpt": _sparsegpt}

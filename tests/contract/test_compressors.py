@@ -18,11 +18,11 @@ from asr_core.checkpoint import Checkpoint
 from asr_core.dims import EMBEDDING
 from asr_core.errors import AudioError, CheckpointError, UsageError
 from asr_export.compress import main
-from compressors import base, calibration, folder
+from compressors import base, calibration, divergence, folder
 from compressors.calibration import Calibration, Window
 from compressors.divergence import mean_kl
 from compressors.model import Model
-from parity import data, weights
+from parity import data
 from reference import make_clips
 
 CALIBRATING, JUDGING, FEW = 54, 22, 6
@@ -68,13 +68,11 @@ def applied(model, few) -> Callable[..., base.Applied]:
 @pytest.fixture(scope="module")
 def kl(model, heard, held_out) -> Callable[..., float]:
     """The mean divergence of a method's model; the original is heard once."""
-    original = model.module()
-    wanted = [calibration.logits(original, window).numpy() for window in held_out]
+    wanted = divergence.predictions(model, held_out)
 
     def measure(method: str, **given: object) -> float:
-        made = base.method(method).apply(model, base.parameters(method, given), heard, lambda stage: None).model.module()
-        found = [calibration.logits(made, window).numpy() for window in held_out]
-        return float(np.concatenate(list(map(weights.divergence, wanted, found))).mean())
+        made = base.method(method).apply(model, base.parameters(method, given), heard, lambda stage: None)
+        return divergence.mean(wanted, divergence.predictions(made.model, held_out))
 
     return measure
 
