@@ -264,10 +264,11 @@ def _no_rows(tokens: Any, dims: Dims) -> Any:
 
 
 def _save(model: Any, file: Path, precision: str) -> None:
-    import nncf
     import openvino as ov
 
     if precision == "int8":
+        import nncf
+
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
     ov.save_model(model, file, compress_to_fp16=precision == "fp16")
 
