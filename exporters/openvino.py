@@ -21,8 +21,8 @@ from asr_core.capacity import Cost
 from asr_core.checkpoint import Checkpoint
 from asr_core.dims import Dims
 from asr_core.errors import ExportError
-from asr_core.graph_weights import FEW_BITS
-from asr_core.integers import by_values, packed
+from asr_core.graph_weights import FEW_BITS, MOST_BITS
+from asr_core.integers import by_values, nearest, packed
 from asr_core.isolate import Progress
 
 if TYPE_CHECKING:
@@ -273,20 +273,24 @@ def _save(model: Any, file: Path, precision: str) -> None:
 
 
 def _to_integers(model: Any, weights: GraphWeights) -> None:
-    """Store every matrix that is multiplied with or looked up as integers, and every other large constant in half precision.
+    """Store every matrix that is multiplied with or looked up as integers, convolutions in 8 bits, other large constants in 16.
 
     The plugin keeps integers as they are in memory, too, where they come as nncf writes them: converted, scaled, reshaped.
     nncf itself can't be given codes.
     """
     import openvino as ov
+    import torch
 
     integers = by_values(weights)
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.f32:
             continue
         targets, values = node.output(0).get_target_inputs(), node.data
-        if any((target.get_node().get_type_name(), target.get_index()) == ("MatMul", 1) for target in targets):
-            replaced = _dequantised(integers(values))
+        weighs = {target.get_node().get_type_name() for target in targets if target.get_index() == 1}
+        if "MatMul" in weighs:
+            replaced = _dequantised(integers(values), values.shape)
+        elif "Convolution" in weighs:
+            replaced = _dequantised(nearest(torch.tensor(values).flatten(1), MOST_BITS), values.shape)
         elif values.size >= LEAST_HALVED:
             replaced = _in_halves(values)
         else:
@@ -295,8 +299,8 @@ def _to_integers(model: Any, weights: GraphWeights) -> None:
             target.replace_source_output(replaced.output(0))
 
 
-def _dequantised(integers: Integers) -> Any:
-    """Codes of 4 or 8 bits as a float32 matrix [N, K]."""
+def _dequantised(integers: Integers, to: tuple[int, ...]) -> Any:
+    """Codes of 4 or 8 bits as float32 weights of a shape."""
     import numpy as np
     import openvino as ov
     from openvino import opset13 as op
@@ -309,7 +313,7 @@ def _dequantised(integers: Integers) -> Any:
         codes = integers.codes.reshape(shape).numpy()
     scales = _in_halves(integers.scales[..., None].numpy(), exactly=True)
     weight = op.multiply(op.convert(op.constant(codes), np.float32), scales)
-    return op.reshape(weight, np.array(integers.codes.shape), special_zero=False)
+    return op.reshape(weight, np.array(to), special_zero=False)
 
 
 def _in_halves(values: NDArray[np.float32], *, exactly: bool = False) -> Any:

@@ -19,6 +19,8 @@ from runners.base import open_runner
 LAYER = "model.encoder.layers.0."
 # The one matrix without codes.
 PLAIN = f"{LAYER}fc1.weight"
+FACTORED, RANK = "model.encoder.layers.1.fc1.weight", 32
+PARTS = ("codes", "scales")
 # Bits, largest code (smaller than what rounding would make of it) and how many weights share a scale (None: all).
 USUAL = (4, 6, 32)
 SPECIAL = {
@@ -50,21 +52,34 @@ def compressed(shape_folder, tmp_path_factory) -> Compressed:
     """Codes that nobody would get by rounding: they don't reach the largest code."""
     source = Checkpoint.open(shape_folder("mini"))
     model, random = Model.open(source), np.random.default_rng(0)
-    tensors, forms, weights = {}, {}, {}
-    names = [name for name in (*(name for block in model.blocks for name in block), EMBEDDING) if name != PLAIN]
-    recorded = {name: SPECIAL.get(name, USUAL) for name in names}
-    for name, (bits, largest, group) in recorded.items():
+    tensors, forms, weights, stored = {}, {}, {}, {}
+    for name in (*(name for block in model.blocks for name in block), EMBEDDING):
+        bits, *sizes = SPECIAL.get(name, USUAL)
         rows, columns = model.tensors[name].shape
-        codes = random.integers(-largest, largest + 1, (rows, columns), np.int8)
-        shape = (1, 1) if group is None else (rows, columns // group)
-        # Half precision holds them, as it does what asr-compress makes.
-        scales = random.uniform(0.002, 0.02, shape).astype(np.float16).astype(np.float32)
-        weights[name] = codes * np.repeat(scales, columns // shape[1], 1)
-        parts = {"codes": torch.from_numpy(codes), "scales": torch.from_numpy(scales)}
-        tensors[name], forms[name] = torch.from_numpy(weights[name]), Form(parts, bits)
+        if name == PLAIN:
+            continue
+        if name == FACTORED:
+            right, left = integers(random, (RANK, columns), *sizes), integers(random, (rows, RANK), *sizes)
+            weights |= {f"{name}/left": left["weight"], f"{name}/right": right["weight"]}
+            stored |= {f"{name}/left": 4, f"{name}/right": 4}
+            tensors[name] = torch.from_numpy(left["weight"] @ right["weight"])
+            parts = {f"{side}_{part}": made[part] for side, made in (("left", left), ("right", right)) for part in PARTS}
+        else:
+            parts = integers(random, (rows, columns), *sizes)
+            weights[name], stored[name] = parts["weight"], 8 if bits == 8 else 4
+            tensors[name] = torch.from_numpy(weights[name])
+        forms[name] = Form({part: torch.from_numpy(value) for part, value in parts.items() if part != "weight"}, bits)
     path = tmp_path_factory.mktemp("compressed") / "codes"
     folder.write(path, source, model.changed(tensors, forms), [], [], None)
-    return Compressed(path, weights, {name: 8 if bits == 8 else 4 for name, (bits, *_) in recorded.items()})
+    return Compressed(path, weights, stored)
+
+
+def integers(random: np.random.Generator, shape: tuple[int, int], largest: int, group: int | None) -> dict[str, np.ndarray]:
+    """Random codes up to the largest, scales that half precision holds (as those of asr-compress), and their products."""
+    codes = random.integers(-largest, largest + 1, shape, np.int8)
+    groups = (1, 1) if group is None else (shape[0], shape[1] // group)
+    scales = random.uniform(0.002, 0.02, groups).astype(np.float16).astype(np.float32)
+    return {"codes": codes, "scales": scales, "weight": codes * np.repeat(scales, shape[1] // groups[1], 1)}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +99,7 @@ def in_openvino(artifact: Artifact) -> list[tuple[int, np.ndarray]]:
             if node.get_type_name() != "Reshape" or node.input_value(0).get_node().get_type_name() != "Multiply":
                 continue
             codes = node.input_value(0).get_node().input_value(0).get_node().input_value(0).get_node()
-            if codes.get_type_name() == "Constant":
+            if codes.get_type_name() == "Constant" and len(node.shape) == 2:
                 alone = ov.Model([op.result(node.output(0))], [], "weight")
                 values = ov.Core().compile_model(alone, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})()[0]
                 found.append((codes.get_element_type().bitwidth, values.copy()))
