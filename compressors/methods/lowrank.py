@@ -18,7 +18,7 @@ from torch import Tensor
 
 from asr_core.errors import UsageError
 from asr_core.isolate import Progress
-from compressors import divergence, linears
+from compressors import linears
 from compressors.base import Applied, OnLinears
 from compressors.calibration import Calibration, Moments
 from compressors.linears import Treated, bias_of
@@ -26,7 +26,6 @@ from compressors.model import Form, Model
 
 # Ranks that are worked out, not given, are multiples of this, as block-wise integer kernels want them.
 MULTIPLE = 16
-PROBES = 8  # windows that tell what a layer matters
 # Of the largest: below this share, directions of the inputs count as equally rare. It keeps the square root invertible.
 RAREST = 1e-8
 
@@ -34,9 +33,7 @@ RAREST = 1e-8
 class Parameters(OnLinears):
     """How to find the factors, and exactly one way to say their rank."""
 
-    criterion: Literal["svd", "whitened", "pca"] = Field(
-        default="whitened", description="svd needs no calibration, but for a budget"
-    )
+    criterion: Literal["svd", "whitened", "pca"] = Field(default="whitened", description="svd needs no calibration")
     rank: int | None = Field(default=None, ge=1, description="the rank of every chosen layer")
     share: float | None = Field(default=None, gt=0, le=1, description="rank as a share of the full rank")
     energy: float | None = Field(
@@ -75,11 +72,7 @@ def apply(model: Model, parameters: Parameters, calibration: Calibration, progre
     for name in names:
         progress(name)
         spectra[name] = _spectrum(name, model, moments, parameters.criterion)
-    if parameters.budget is None:
-        ranks = _ranks(spectra, parameters)
-    else:
-        progress("what every layer matters")
-        ranks = _smaller(by_budget(spectra, _prices(model, spectra, calibration), parameters.budget), spectra)
+    ranks = _ranks(spectra, parameters)
 
     def treat(name: str) -> Treated:
         return _cut(model.tensors.get(bias_of(name)), spectra[name], ranks[name])
@@ -139,32 +132,11 @@ def _ranks(spectra: Mapping[str, Spectrum], parameters: Parameters) -> dict[str,
         return dict.fromkeys(full, parameters.rank)
     if parameters.share is not None:
         return {name: _rounded(parameters.share * most, most) for name, most in full.items()}
-    energy = parameters.energy or 1.0
-    ranks = {name: _rounded(by_energy(spectrum.energy, energy), full[name]) for name, spectrum in spectra.items()}
-    return _smaller(ranks, spectra)
-
-
-def _smaller(ranks: Mapping[str, int], spectra: Mapping[str, Spectrum]) -> dict[str, int]:
-    """The ranks at which factors are smaller than the weight."""
+    if parameters.energy is not None:
+        ranks = {name: _rounded(by_energy(spectrum.energy, parameters.energy), full[name]) for name, spectrum in spectra.items()}
+    else:
+        ranks = by_budget(spectra, parameters.budget or 1.0)
     return {name: rank for name, rank in ranks.items() if rank < worth(spectra[name])}
-
-
-def _prices(model: Model, spectra: Mapping[str, Spectrum], calibration: Calibration) -> dict[str, float]:
-    """What a unit of each layer's energy costs, in nats of KL on a few windows, when the layer alone is cut to a quarter.
-
-    Energies of different layers cannot be compared: an error in the encoder is heard by everything behind it.
-    """
-    probes = calibration.windows[:: math.ceil(len(calibration.windows) / PROBES)]
-    original = divergence.predictions(model, probes)
-    prices = {}
-    for name, spectrum in spectra.items():
-        rank = _rounded(len(spectrum.energy) / 4, len(spectrum.energy))
-        made = _cut(model.tensors.get(bias_of(name)), spectrum, rank)
-        tensors = {name: made.weight} | ({} if made.bias is None else {bias_of(name): made.bias.float()})
-        lost = float(spectrum.energy[rank:].sum())
-        kl = divergence.mean(original, divergence.predictions(model.changed(tensors, {}), probes))
-        prices[name] = kl / lost if lost > 0 else 0.0
-    return prices
 
 
 def by_energy(energy: Tensor, share: float) -> int:
@@ -173,27 +145,27 @@ def by_energy(energy: Tensor, share: float) -> int:
     return min(int((sums < share - 1e-12).sum()) + 1, len(energy))
 
 
-def by_budget(spectra: Mapping[str, Spectrum], prices: Mapping[str, float], share: float) -> dict[str, int]:
-    """Ranks that together lose the least, energy times its layer's price, within a share of all parameters.
+def by_budget(spectra: Mapping[str, Spectrum], share: float) -> dict[str, int]:
+    """Ranks that together keep the most energy, each layer's relative to its whole, within a share of all parameters.
 
-    Components are bought in the order of their gain for a parameter, in blocks of :data:`MULTIPLE`, after one block for
-    everyone; a layer whose factors would be as large as itself stays dense, at the price of its parameters.
+    Components are bought in the order of their gain for a parameter, in blocks of :data:`MULTIPLE`; a layer whose factors
+    would be as large as itself stays dense, at the price of its parameters. (The KL that each layer's cut costs on a few windows
+    is a worse guide: such measurements are tiny and noisy.)
     """
     left = share * sum(_dense(spectrum) for spectrum in spectra.values())
     ranks = dict.fromkeys(spectra, 0)
     offers = sorted(
         (
-            number > 0,
-            -prices[name] * float(block.sum()) / (len(block) * _row(spectrum)),
+            -float(block.sum() / spectrum.energy.sum()) / (len(block) * _row(spectrum)),
             name,
             len(block) * _row(spectrum),
             len(block),
         )
         for name, spectrum in spectra.items()
-        for number, block in enumerate(spectrum.energy.split(MULTIPLE))
+        for block in spectrum.energy.split(MULTIPLE)
     )
     full = set()
-    for _, _, name, offered, count in offers:
+    for _, name, offered, count in offers:
         price = min(offered, _dense(spectra[name]) - ranks[name] * _row(spectra[name]))
         if name in full or price > left:
             continue
