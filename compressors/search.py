@@ -24,6 +24,7 @@ from compressors.space import Candidate, Space
 
 STUDY = "study.db"
 FIGURES = "figures"
+ADOPTED = "adopted"  # points that a study began with because other budgets' studies had measured them
 # One latency differs from the next by some per cent even on an idle machine; a loss of speed is what is beyond that, whenever
 # the two are measured one after the other.
 SLOWER = 1.1
@@ -96,9 +97,10 @@ class Search:
             raise GateError(f"the source's own {plain.precision} artifact gives no figures; nothing can be compared with it.")
         self._plain = Point(plain, figures)
         study = self._study()
+        wanted = self.trials + study.user_attrs[ADOPTED]
         done = sum(trial.state == TrialState.COMPLETE for trial in study.trials)
-        if done < self.trials:
-            study.optimize(self._objective, n_trials=self.trials - done)
+        if done < wanted:
+            study.optimize(self._objective, n_trials=wanted - done)
         return self._confirmed(self._points(study))
 
     def _study(self) -> optuna.Study:
@@ -112,10 +114,11 @@ class Search:
         study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
         # Another seed after a resumption, or the same proposals would come again.
         study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=self.seed + len(study.trials))
-        if name not in known:
-            for precision in self.space.precisions:
-                for chosen in self.space.starts(precision):
-                    study.enqueue_trial(chosen)
+        if ADOPTED not in study.user_attrs:
+            adopted = [trial.params for other in known if other != name for trial in _measured(other, storage)]
+            for chosen in [*(start for precision in self.space.precisions for start in self.space.starts(precision)), *adopted]:
+                study.enqueue_trial(chosen, skip_if_exists=True)
+            study.set_user_attr(ADOPTED, len(adopted))
         for trial in study.trials:
             if "slower" in trial.user_attrs:
                 self._ratios[Candidate(**trial.user_attrs["candidate"]).key] = trial.user_attrs["slower"]
@@ -127,7 +130,7 @@ class Search:
     def _objective(self, trial: Trial) -> float:
         candidate = self.space.suggest(trial)
         trial.set_user_attr("candidate", asdict(candidate))
-        self.tell(f"trial {trial.number + 1} of {self.trials}: {candidate}")
+        self.tell(f"trial {trial.number + 1}: {candidate}")
         figures = self._known(candidate, self.budget.limit("size"))
         score = UNMEASURED
         if figures is not None:
@@ -212,6 +215,11 @@ class Search:
             if reasons:
                 return worst, "; ".join(reasons)
         return worst, ""
+
+
+def _measured(name: str, storage: str) -> list[FrozenTrial]:
+    """The trials of another budget's study that have figures."""
+    return [trial for trial in optuna.load_study(study_name=name, storage=storage).trials if FIGURES in trial.user_attrs]
 
 
 def slower(ratio: float) -> str:

@@ -41,7 +41,7 @@ def test_the_comparison_goes_on_where_it_was(tmp_path, clips, monkeypatch):
     assert 0 < lines[1]["kl"] < 1e-3
     assert abs(lines[0]["kl"]) < 1e-9
     assert lines[1]["size_mb"] == pytest.approx(lines[0]["size_mb"], rel=0.01)
-    assert lines[1]["body_mb"] < lines[0]["body_mb"] / 3
+    assert lines[1]["body_mb"] < lines[0]["body_mb"] / 2  # three quarters of it are linear layers, four times smaller now
     assert lines[1]["embedding_mb"] == lines[0]["embedding_mb"]
     table = (tmp_path / "out" / "table.md").read_text()
     monkeypatch.setattr(isolate, "run", lambda *given, **more: pytest.fail("measured again"))

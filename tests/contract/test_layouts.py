@@ -264,7 +264,10 @@ def test_whisperkit_alignment_weights_are_the_mean_of_the_heads(laid_out, talkat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--target", "onnx", "--layout", "ggml"), "onnx has no layout 'ggml'; it has these beside its own: optimum, sherpa."),
+        (
+            ("--target", "onnx", "--layout", "ggml"),
+            "onnx has no layout 'ggml'; it has these beside its own: linked, optimum, sherpa.",
+        ),
         (("--target", "ncnn", "--layout", "optimum"), "ncnn has no layout 'optimum'; it has only its own."),
         (("--target", "all", "--layout", "ggml"), "coreml has no layout 'ggml'; it has these beside its own: whisperkit."),
         (("--target", "onnx", "--layout", "sherpa", "--precision", "fp16"), "onnx.sherpa has no precision 'fp16'"),

@@ -149,7 +149,7 @@ def test_opening_says_nothing(exported, capfd):
 
 
 def test_too_large_is_refused_before_converting_with_every_reason(tmp_path):
-    with pytest.raises(ExportError, match=r"float32 file .* 6\.17 GB and the fp16 file .* 3\.09 GB"):
+    with pytest.raises(ExportError, match=r"float32 file .* 6\.17 GB, .* the fp16 file .* 3\.09 GB"):
         tflite.export(SimpleNamespace(dims=LARGE), tmp_path, "fp16", lambda stage: None)
     assert not list(tmp_path.iterdir())
 
