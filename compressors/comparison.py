@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 CODE = Path(__file__).parent
 RECIPES = CODE / "recipes"
 # Sources besides the methods' own that decide what a compressed checkpoint holds.
-SHARED = ("calibration.py", "integers.py", "latent.py", "linears.py", "obs.py", "refit.py", "training.py")
+SHARED = (
+    "calibration.py", "examples.py", "integers.py", "latent.py", "linears.py", "model.py", "obs.py", "ranges.py", "refit.py",
+    "teacher.py", "training.py",
+)  # fmt: skip
 ORIGINAL = "original"
 PYTORCH = "pytorch"
 PLAIN = "fp32"

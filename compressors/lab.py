@@ -12,18 +12,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from asr_core import build, compressed
+from asr_core import build
 from asr_core.errors import ArtifactError, AsrExportError, StorageError, UsageError
-from compressors import base, calibration, folder
+from compressors import base, calibration
 from compressors.budget import Budget, Figures, too_large
-from compressors.calibration import Calibration
-from compressors.model import Model
+from compressors.recipe import Planned
+from compressors.run import run
 from compressors.space import Candidate
 from parity.session import Session
 
 if TYPE_CHECKING:
     from asr_core.artifact import Artifact
     from asr_core.checkpoint import Checkpoint
+    from compressors.calibration import Window
     from parity.compare import Bounds, Row
     from parity.data import Utterance
 
@@ -69,8 +70,8 @@ class Workbench:
         judging = [utterance for utterance in judges or utterances if utterance not in calibrating]
         if not any(utterance.text.strip() for utterance in judging):
             raise UsageError("the data has no transcripts: without them there is no word error rate to search by.")
-        self._model = Model.open(source)
-        self._heard = Calibration(lambda: _windows(source, calibrating), source)
+        self._calibrating = calibrating
+        self._windows: list[Window] = []
         limit = budget.limit("delta_wer")
         self._benches = {
             name: self._bench(name, clips, ACCEPTED if limit is None else limit, threads)
@@ -125,27 +126,18 @@ class Workbench:
         """Where the candidate's artifact lies."""
         return self._folder(candidate) / f"{self._target}-{candidate.precision}"
 
-    def clear(self) -> None:
-        """Remove every candidate and measurement."""
-        for name in (WORK, MADE):
-            shutil.rmtree(self._root / name, ignore_errors=True)
-
     def _folder(self, candidate: Candidate) -> Path:
         return self._root / MADE / candidate.key
 
     def _make(self, candidate: Candidate, made: Path) -> None:
-        model, steps = self._model, []
-        self._heard.work = self._folder(candidate) / "training"
-        for step in candidate.steps:
-            for name, given in step.items():
-                parameters = base.parameters(name, given)
-                applied = base.method(name).apply(model, parameters, self._heard, partial(self._stage, name))
-                model = applied.model
-                dumped = parameters.model_dump(mode="json")
-                parent = self._source.fingerprint
-                steps.append(compressed.Step(method=name, parameters=dumped, parent=parent, effects=applied.effects))
-        folder.write(made, self._source, model, steps, self._heard.seen, None)
-        shutil.rmtree(self._heard.work, ignore_errors=True)
+        plan = [Planned(name, base.parameters(name, given)) for step in candidate.steps for name, given in step.items()]
+        made.parent.mkdir(parents=True, exist_ok=True)
+        run(self._source, plan, self._calibrating, made, partial(self._stage, "compress"), [], self._hear)
+
+    def _hear(self, source: Checkpoint, clips: Sequence[Utterance]) -> list[Window]:
+        """The calibration's windows: every candidate takes the same."""
+        self._windows = self._windows or calibration.windows(source, clips)
+        return self._windows
 
     def _artifact(self, candidate: Candidate) -> Artifact:
         from asr_core.artifact import Artifact
@@ -182,11 +174,6 @@ def figures_of(row: Row, size_mb: float) -> Figures | None:
     low = row.delta_wer_interval[0] if row.delta_wer_interval else row.delta_wer
     memory = float("nan") if row.peak_rss_mb is None else row.peak_rss_mb
     return Figures(size_mb, 100 * row.delta_wer, 100 * low, row.latency_p50_s, row.latency_p95_s, memory, row.status, row.reason)
-
-
-def _windows(source: Checkpoint, clips: list[Utterance]) -> list[calibration.Window]:
-    calibration.check_sound(clips)
-    return calibration.windows(source, clips)
 
 
 def _spread(utterances: Sequence[Utterance], wanted: int) -> list[Utterance]:

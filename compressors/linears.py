@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from asr_core.compressed import Effect
+from asr_core.errors import UsageError
 from asr_core.isolate import Progress
 from compressors.base import Applied
 from compressors.calibration import Moments
@@ -44,6 +45,14 @@ def treat_each(
         second = moments[name].second if moments and name in moments else None
         effects.append(effect(name, model.tensors[name], tensors[name], treated.form, second, treated.rank))
     return Applied(model.changed(tensors, forms), effects)
+
+
+def check_group(method: str, model: Model, name: str, group: int | None) -> None:
+    """Raise :class:`UsageError` where groups of that many weights don't fit into the rows of a weight, or of its factors."""
+    parts = model.form(name).parts
+    for width in [model.tensors[name].shape[1], *([parts["left"].shape[1]] if "left" in parts else [])]:
+        if group and width % group:
+            raise UsageError(f"{method}: group {group} does not divide the rows of {width} weights of {name}.")
 
 
 def bias_of(weight: str) -> str:

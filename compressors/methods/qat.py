@@ -11,9 +11,8 @@ from typing import Literal
 from pydantic import Field
 
 from asr_core.dims import EMBEDDING
-from asr_core.errors import UsageError
 from asr_core.isolate import Progress
-from compressors import latent
+from compressors import latent, linears
 from compressors.base import Applied
 from compressors.calibration import Calibration
 from compressors.latent import Rounding
@@ -26,7 +25,9 @@ class Parameters(finetune.Parameters):
 
     only: list[str] = Field(default=[], description="patterns of the weights to round, as model.decoder.*.fc?.weight; else all")
     bits: Literal[8, 4, 2] = Field(default=4, description="bits of a code; 2 is ternary: -1, 0 or 1")
-    group: int | None = Field(default=None, ge=8, description="weights of a row that share a scale; else the whole row does")
+    group: int | None = Field(
+        default=None, multiple_of=16, gt=0, description="weights of a row that share a scale; else the whole row does"
+    )
     embedding: bool = Field(default=False, description="round the token embedding, which is the head too")
     rate: float = Field(
         default=2e-4, gt=0, description="peak learning rate; ternary weights need 2e-3, weights that are not rounded less"
@@ -37,7 +38,7 @@ def apply(model: Model, parameters: Parameters, calibration: Calibration, progre
     """Train with the chosen weights rounded; factors of factored ones are rounded each."""
     names = model.chosen(parameters.only) + [EMBEDDING] * parameters.embedding
     for name in names:
-        _check_group(model, name, parameters.group)
+        linears.check_group("qat", model, name, parameters.group)
     roundings = dict.fromkeys(names, Rounding(parameters.bits, parameters.group))
     rest = not any(name.startswith(latent.ENCODER) for name in names)
     return finetune.tuned(model, roundings, parameters, calibration, progress, rest=rest)
@@ -47,10 +48,3 @@ def control(model: Model, parameters: Parameters) -> tuple[str, dict[str, object
     """The same training without any rounding."""
     shared = finetune.Parameters.model_fields
     return "finetune", {name: value for name, value in parameters.model_dump(mode="json").items() if name in shared}
-
-
-def _check_group(model: Model, name: str, group: int | None) -> None:
-    parts = model.form(name).parts
-    for width in [model.tensors[name].shape[1], *([parts["left"].shape[1]] if "left" in parts else [])]:
-        if group and width % group:
-            raise UsageError(f"qat: group {group} does not divide the rows of {width} weights of {name}.")

@@ -9,7 +9,6 @@ from pydantic import Field
 from torch import Tensor
 
 from asr_core.dims import EMBEDDING
-from asr_core.errors import UsageError
 from asr_core.isolate import Progress
 from compressors import integers, linears
 from compressors.base import Applied, OnLinears
@@ -24,7 +23,7 @@ class Parameters(OnLinears):
 
     bits: Literal[8, 4, 3, 2] = Field(default=8, description="bits of a code; 2 is ternary: -1, 0 or 1")
     scale: Literal["tensor", "channel"] = Field(default="channel", description="what shares a scale, where group is not given")
-    group: int | None = Field(default=None, ge=8, description="weights of a row that share a scale")
+    group: int | None = Field(default=None, multiple_of=16, gt=0, description="weights of a row that share a scale")
     rounding: Literal["nearest", "gptq"] = Field(default="gptq", description="nearest needs no calibration")
     body: bool = Field(default=True, description="the linear layers; without them, only the embedding")
     embedding: bool = Field(
@@ -36,7 +35,7 @@ def apply(model: Model, parameters: Parameters, calibration: Calibration, progre
     """Round the chosen linear weights, the factors of factored ones, and the embedding where that is asked for."""
     names = (model.chosen(parameters.only) if parameters.body else []) + [EMBEDDING] * parameters.embedding
     for name in names:
-        _check_group(name, model, parameters.group)
+        linears.check_group("quantise", model, name, parameters.group)
     moments = calibration.moments(model) if parameters.rounding == "gptq" else None
     whole = parameters.scale == "tensor" and parameters.group is None
 
@@ -64,10 +63,3 @@ def _factored(left: Tensor, right: Tensor, second: Tensor | None, codes: Callabl
     outer = codes(left, None if second is None else reduced @ second @ reduced.T)
     parts = {"left_codes": outer.codes, "left_scales": outer.scales, "right_codes": inner.codes, "right_scales": inner.scales}
     return Treated(outer.weight @ inner.weight, Form(parts, bits), rank=len(right))
-
-
-def _check_group(name: str, model: Model, group: int | None) -> None:
-    form = model.form(name).parts
-    for width in [model.tensors[name].shape[1], *([form["left"].shape[1]] if "left" in form else [])]:
-        if group and width % group:
-            raise UsageError(f"quantise: group {group} does not divide the rows of {width} weights of {name}.")
