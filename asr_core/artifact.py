@@ -59,6 +59,11 @@ class Manifest(Frozen):
     export_seconds: float
     export_peak_rss_mb: float
 
+    @property
+    def short_windows(self) -> bool:
+        """Whether the encoder takes less than a whole window: its input has a name where others have 3000."""
+        return any(isinstance(spec.shape[-1], str) for spec in self.tensors if (spec.graph, spec.role) == ("encoder", "input"))
+
 
 class Artifact:
     """An artifact folder whose files are those that were sealed."""

@@ -115,6 +115,9 @@ class Stepper(Protocol):
     def step(self, tokens: NDArray[np.int64], state: Any) -> Logits:
         """Int [B, T] after the tokens already seen → logits float32 [B, T, vocab]; advances ``state``."""
 
+    def step_at(self, tokens: NDArray[np.int64], state: Any, wanted: Sequence[int]) -> Logits:
+        """The same with the logits of the wanted new tokens alone, float32 [B, wanted, vocab]."""
+
     def reorder(self, state: Any, rows: NDArray[np.int64]) -> Any:
         """The state of the given batch rows, in their order; ``state`` itself cannot go on after it."""
 
@@ -280,9 +283,9 @@ def _drive(
     ids = stepper.tokens
     limit = new_token_limit(ids, options, prompts.shape[1], stepper.dims.n_text_ctx)
     filters = filters_for(ids, options)
-    prompt_logits = stepper.step(prompts, state)
-    no_speech = _no_speech(prompt_logits[:, prompts[0].tolist().index(ids.start)], ids)
-    logits = prompt_logits[:, -1]
+    prompt_logits = stepper.step_at(prompts, state, [prompts[0].tolist().index(ids.start), prompts.shape[1] - 1])
+    no_speech = _no_speech(prompt_logits[:, 0], ids)
+    logits = prompt_logits[:, 1]
     for produced in range(limit):
         for logit_filter in filters:
             logit_filter.apply(logits, search.sequences)

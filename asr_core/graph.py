@@ -131,7 +131,8 @@ class Encoder(nn.Module):
 
     def forward(self, mel: Tensor) -> Tensor:
         """Encode float [B, n_mels, 2F] log-mel into float [B, F, D] states."""
-        return self.transform(self.stem(mel) + self.embed_positions.weight)
+        x = self.stem(mel)
+        return self.transform(x + self.embed_positions.weight[: x.shape[1]])
 
     def stem(self, mel: Tensor) -> Tensor:
         """The convolutions: float [B, n_mels, 2F] → [B, F, D]."""
@@ -214,7 +215,7 @@ class Decoder(nn.Module):
 
 
 class EncodeWithCross(nn.Module):
-    """Mel → encoder states and the cross-attention K/V of every decoder layer, computed once per window."""
+    """Mel of any length up to a window → encoder states and the cross-attention K/V of every decoder layer, computed once."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
         super().__init__()
@@ -239,11 +240,11 @@ class DynamicStep(nn.Module):
         self.decoder = decoder
         self.heads = heads
 
-    def forward(self, tokens: Tensor, past: Sequence[Tensor], cross: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, tokens: Tensor, logits_at: Tensor, past: Sequence[Tensor], cross: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One step.
 
-        Tokens int [B, T]; past 2L × [P, B, H, E]; cross 2L × [B, H, F, E] → (logits [B, T, vocab], alignment queries
-        [B, heads, T, E], new rows 2L × [T, B, H, E]).
+        Tokens int [B, T]; logits_at int [R], the new tokens whose logits are wanted; past 2L × [P, B, H, E]; cross
+        2L × [B, H, F, E] → (logits [B, R, vocab], alignment queries [B, heads, T, E], new rows 2L × [T, B, H, E]).
         """
         p = past[0].shape[0]
         t = tokens.shape[1]
@@ -264,7 +265,8 @@ class DynamicStep(nn.Module):
             x, q = layer.cross_and_ffn(x, cross[2 * i], cross[2 * i + 1])
             queries.append(q)
             new += [k_new, v_new]
-        return (self.decoder.logits(x), self.decoder.choose_heads(queries, self.heads), *new)
+        logits = self.decoder.logits(x.index_select(1, logits_at))
+        return (logits, self.decoder.choose_heads(queries, self.heads), *new)
 
 
 class EncodeShort(nn.Module):
@@ -277,8 +279,7 @@ class EncodeShort(nn.Module):
 
     def forward(self, mel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, n_mels, T] → K and V [L, B, F, D], states [B, F, D]."""
-        x = self.encoder.stem(mel)
-        states = self.encoder.transform(x + self.encoder.embed_positions.weight[: x.shape[1]])
+        states = self.encoder(mel)
         keys = torch.stack([layer.encoder_attn.k_proj(states) for layer in self.decoder.blocks])
         values = torch.stack([layer.encoder_attn.v_proj(states) for layer in self.decoder.blocks])
         return keys, values, states

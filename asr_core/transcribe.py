@@ -32,13 +32,18 @@ if TYPE_CHECKING:
 
 FRAMES_A_SECOND = SAMPLE_RATE // HOP
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+# Frames of nothing that stay after the audio with ``trim_silence``. With fewer, models that were trained on windows filled up to
+# 30 s do not notice where it ends.
+MARGIN = 128
 FORGET_ABOVE = 0.5  # the temperature above which an answer is no prompt for the next window
 
 Progress = Callable[[float, float], None]  # seconds done, seconds in all
 
 
 class Recogniser(Aligner, Protocol):
-    """What transcription needs of a runner."""
+    """What transcription needs of a runner; ``short_windows`` tells whether windows may have fewer than 3000 frames."""
+
+    short_windows: bool
 
     def generate(self, mel: Mel, options: DecodeOptions) -> list[Decoded]:
         """Decode a batch of windows, float32 [B, n_mels, 3000]."""
@@ -67,7 +72,8 @@ class TranscribeOptions:
     ``decode`` is that of its windows; its language None means: heard once, in the first 30 s; its prompt is set here.
     ``clips`` are start and end of what to transcribe, in seconds, everything by default; ``vad`` finds them instead. With
     ``batch_size`` above 1 they are decoded side by side (found by voice detection where none are given), each window with the
-    initial prompt alone before it.
+    initial prompt alone before it. ``trim_silence`` leaves out most of what fills a window up after its audio: it is faster,
+    and the model hears something else.
     """
 
     decode: DecodeOptions = field(default_factory=lambda: DecodeOptions(None, timestamps=True, temperatures=TEMPERATURES))
@@ -80,6 +86,7 @@ class TranscribeOptions:
     clips: tuple[tuple[float, float | None], ...] = ()
     vad: bool = False
     batch_size: int = 1
+    trim_silence: bool = False
 
     def __post_init__(self) -> None:
         """Raise :class:`UsageError` for what does not go together."""
@@ -124,10 +131,15 @@ def transcribe(
     model does not know.
     """
     options = options or TranscribeOptions()
+    if options.trim_silence and not model.short_windows:
+        raise UsageError(
+            "this artifact's encoder takes whole windows of 30 s: leave --trim-silence out, or take one of ONNX, OpenVINO "
+            "or CTranslate2."
+        )
     started = time.perf_counter()
     detector = VoiceDetector() if options.detects_voice else None
     with Recording(path, bundle.filters, [detector] if detector else []) as recording:
-        language = _language(model, recording, options.decode.language)
+        language = _language(model, recording, options)
         clips = detector.clips() if detector else options.clips
         run = _Run(model, bundle.tokenizer, recording, options, language)
         segments = run.through(clips or ([] if detector else [(0.0, None)]), progress)
@@ -136,12 +148,19 @@ def transcribe(
     return Transcript(str(path), text, segments, language, duration, duration / (time.perf_counter() - started), gaps)
 
 
-def _language(model: Recogniser, recording: Recording, wanted: str | None) -> str:
+def _language(model: Recogniser, recording: Recording, options: TranscribeOptions) -> str:
     """The code of a language that was named, or that of the first 30 s."""
+    wanted = options.decode.language
     if wanted is not None or not model.tokens.languages:
         return model.tokens.code_of(wanted) or "en"
-    heard = model.detect_language(recording.features(0, WINDOW_FRAMES)[None])[0]
+    frames = _frames(recording.frames) if options.trim_silence else WINDOW_FRAMES
+    heard = model.detect_language(recording.features(0, frames)[None])[0]
     return max(heard, key=lambda code: heard[code])
+
+
+def _frames(size: int) -> int:
+    """How long a window is that holds so many frames of audio and the margin: an even number, 3000 at most."""
+    return min((size + MARGIN + 1) // 2 * 2, WINDOW_FRAMES)
 
 
 def prompt_tokens(tokenizer: Tokenizer, text: str | None) -> list[int]:
@@ -190,7 +209,7 @@ class _Lane:
 
 @dataclass(frozen=True)
 class _Window:
-    """Features float32 [1, n_mels, 3000], of which ``size`` frames from frame ``seek`` of the file on are content."""
+    """Features float32 [1, n_mels, ≤ 3000], of which ``size`` frames from frame ``seek`` of the file on are content."""
 
     mel: Mel
     seek: int
@@ -207,6 +226,11 @@ class _Window:
     @property
     def end(self) -> float:
         return (self.seek + WINDOW_FRAMES) * HOP / SAMPLE_RATE
+
+
+def _filled(mel: Mel, frames: int) -> Mel:
+    """Windows filled up with zeros, which is not what silence looks like: openai-whisper's ``pad_or_trim``."""
+    return np.pad(mel, ((0, 0), (0, 0), (0, frames - mel.shape[2])))
 
 
 class _Run:
@@ -266,8 +290,7 @@ class _Run:
     def _window(self, lane: _Lane) -> _Window:
         size = min(WINDOW_FRAMES, lane.stop - lane.seek)
         mel = self.recording.features(lane.seek, lane.seek + size)
-        # Zeros, not silence, fill a window up: openai-whisper's pad_or_trim.
-        return _Window(np.pad(mel, ((0, 0), (0, WINDOW_FRAMES - size)))[None], lane.seek, size)
+        return _Window(_filled(mel[None], _frames(size) if self.options.trim_silence else WINDOW_FRAMES), lane.seek, size)
 
     def _decode(self, windows: list[_Window], policy: DecodeOptions) -> list[Decoded]:
         """Decode windows; the same ones with the same prompt (hours of silence) give the answer that they gave before."""
@@ -275,7 +298,8 @@ class _Run:
             pairs = zip(self._last[0], windows, strict=True)
             if all(before.size == now.size and np.array_equal(before.mel, now.mel) for before, now in pairs):
                 return self._last[2]
-        answers = self.model.generate(np.concatenate([window.mel for window in windows]), policy)
+        longest = max(window.mel.shape[2] for window in windows)
+        answers = self.model.generate(np.concatenate([_filled(window.mel, longest) for window in windows]), policy)
         self._last = (windows, policy, answers)
         return answers
 

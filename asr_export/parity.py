@@ -63,6 +63,7 @@ EPILOG = (
 @click.option("--unit", "size", type=click.IntRange(1), help="Utterances of one unit of a cluster's work [about 30 s of work].")
 @click.option("--work", type=click.Path(path_type=Path), help=f"Where unfinished runs wait [{WORK} below the artifacts].")
 @click.option("--fresh", is_flag=True, help="Measure anew what an interrupted run had finished.")
+@click.option("--trim-silence", is_flag=True, hidden=True, help="Refused, with the reason.")
 @click.pass_context
 @handle_errors
 def main(
@@ -83,8 +84,11 @@ def main(
     work: Path | None,
     *,
     fresh: bool,
+    trim_silence: bool,
 ) -> None:
     """Run the command."""
+    if trim_silence:
+        raise UsageError("parity compares what is said of whole windows, as PyTorch hears them, and --trim-silence cuts them.")
     if context.invoked_subcommand:
         _refuse_options(context)
         return

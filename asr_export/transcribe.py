@@ -38,7 +38,7 @@ OPTIONS_OF_WINDOWS = (
 ).split()
 OPTIONS_OF_FILES = (
     "initial_prompt carry_initial_prompt condition_on_previous_text hotwords word_timestamps hallucination_silence_threshold "
-    "vad batch_size"
+    "vad batch_size trim_silence"
 ).split()
 
 
@@ -94,6 +94,7 @@ class _Bound(click.ParamType[float | None]):
 @click.option("--clip-timestamps", help="Seconds: start,end,start,end,… of what to transcribe.")
 @click.option("--vad", is_flag=True, help="Transcribe only where someone speaks.")
 @click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Stretches with speech at a time.")
+@click.option("--trim-silence", is_flag=True, help="Short audio in short windows: faster, and some words change.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.  [default: all processors]")
 @handle_errors
 def main(audio: tuple[str, ...], artifact: Path, form: str | None, output_dir: Path | None, fresh: bool, **given: Any) -> None:

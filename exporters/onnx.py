@@ -48,6 +48,7 @@ CARRIES = {precision: ("factors", "heads", *INTEGERS.get(precision, ())) for pre
 COST = dict.fromkeys((*PRECISIONS, *ON_REQUEST), Cost(750, 0.3, 1.1)) | {"fp32": Cost(750, 0.4, 4), "fp16": Cost(750, 0.3, 2)}
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
+LOGITS_AT = "logits_at"  # the new tokens whose logits are wanted: of a prompt, few are
 HEAD = "decoder.embed_tokens.weight"  # the embedding, which is the tied head too
 # Weights that share a scale in MatMulNBits. Large blocks are the fastest, and per-row scales are already accurate at 8 bits.
 BLOCKS = (128, 64, 32, 16)
@@ -148,10 +149,11 @@ def _encoder(checkpoint: Checkpoint) -> Traceable:
     dims = checkpoint.dims
     return Traceable(
         module=graph.EncodeWithCross(graph.encoder(checkpoint), graph.decoder(checkpoint)),
-        arguments=(torch.zeros(2, dims.n_mels, 2 * dims.n_audio_ctx),),
-        axes=({0: torch.export.Dim("batch", min=1)},),
-        inputs={"mel": ("batch", dims.n_mels, 2 * dims.n_audio_ctx)},
-        outputs={"encoder_states": ("batch", dims.n_audio_ctx, dims.d_model), **_keys_values("cross", dims)},
+        arguments=(torch.zeros(2, dims.n_mels, 778),),
+        # The tracer asks more of a named number of frames than it can prove of any.
+        axes=({0: torch.export.Dim("batch", min=1), 2: torch.export.Dim.DYNAMIC},),
+        inputs={"mel": ("batch", dims.n_mels, "frames")},
+        outputs={"encoder_states": ("batch", "positions", dims.d_model), **_keys_values("cross", dims)},
     )
 
 
@@ -164,19 +166,21 @@ def _decoder(checkpoint: Checkpoint) -> Traceable:
     # Bounds that only keep 0 and 1 from being specialised; the examples differ from each other and from both.
     batch, new = (torch.export.Dim(name, min=1) for name in ("batch", "new"))
     past = torch.export.Dim("past", min=0, max=dims.n_text_ctx - 1)
+    wanted, positions = torch.export.Dim("wanted", min=1), torch.export.Dim("positions", min=1, max=dims.n_audio_ctx)
     tensors = 2 * dims.decoder_layers
     heads, width = dims.decoder_heads, dims.head_dim
     return Traceable(
         module=graph.DynamicStep(graph.decoder(checkpoint), alignment_heads),
         arguments=(
             torch.zeros(2, 3, dtype=torch.int64),
+            torch.zeros(4, dtype=torch.int64),
             [torch.zeros(5, 2, heads, width) for _ in range(tensors)],
-            [torch.zeros(2, heads, dims.n_audio_ctx, width) for _ in range(tensors)],
+            [torch.zeros(2, heads, 7, width) for _ in range(tensors)],
         ),
-        axes=({0: batch, 1: new}, [{0: past, 1: batch}] * tensors, [{0: batch}] * tensors),
-        inputs={"tokens": ("batch", "new"), **_keys_values("past", dims), **_keys_values("cross", dims)},
+        axes=({0: batch, 1: new}, {0: wanted}, [{0: past, 1: batch}] * tensors, [{0: batch, 2: positions}] * tensors),
+        inputs={"tokens": ("batch", "new"), LOGITS_AT: ("wanted",), **_keys_values("past", dims), **_keys_values("cross", dims)},
         outputs={
-            "logits": ("batch", "new", dims.vocab),
+            "logits": ("batch", "wanted", dims.vocab),
             graph.ALIGNMENT_QUERIES: ("batch", len(alignment_heads), "new", width),
             **_keys_values("new", dims),
         },
@@ -186,7 +190,7 @@ def _decoder(checkpoint: Checkpoint) -> Traceable:
 def _keys_values(what: str, dims: Dims) -> dict[str, Shape]:
     """Names and shapes of the K and V of every layer: ``cross`` [B, H, F, E], ``past`` and ``new`` [P or T, B, H, E]."""
     heads, width = dims.decoder_heads, dims.head_dim
-    shape: Shape = ("batch", heads, dims.n_audio_ctx, width) if what == "cross" else (what, "batch", heads, width)
+    shape: Shape = ("batch", heads, "positions", width) if what == "cross" else (what, "batch", heads, width)
     return {f"{what}_{kind}_{layer}": shape for layer in range(dims.decoder_layers) for kind in "kv"}
 
 

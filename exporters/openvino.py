@@ -46,9 +46,12 @@ DECODER_PREFIX = "model.decoder."
 TRACED_BATCH = 2
 TRACED_TOKENS = 3
 TRACED_PAST = 5
+TRACED_FRAMES = 778
 LEAST_HALVED = 1024  # values, beside integers: smaller constants stay as they are
 # Names of the dynamic axes, where they are more than the batch.
 AXES = {
+    "input_features": ("batch", "mels", "frames"),
+    "last_hidden_state": ("batch", "positions"),
     "input_ids": ("batch", "tokens"),
     "encoder_hidden_states": ("batch", "positions"),
     "logits": ("batch", "tokens"),
@@ -105,7 +108,7 @@ def _load(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> nn.Module:
 
 
 def _encoder(checkpoint: Checkpoint) -> Any:
-    """``input_features`` [?, n_mels, 3000] → ``last_hidden_state`` [?, 1500, D]."""
+    """``input_features`` [?, n_mels, ?] (up to 3000) → ``last_hidden_state`` [?, ?, D], half as many."""
     import torch
 
     from asr_core import graph
@@ -113,8 +116,9 @@ def _encoder(checkpoint: Checkpoint) -> Any:
     dims = checkpoint.dims
     with torch.device("meta"):
         encoder = graph.encoder(checkpoint)
-    mel = torch.zeros(TRACED_BATCH, dims.n_mels, 2 * dims.n_audio_ctx)
-    model = _convert(_load(encoder, ENCODER_PREFIX, checkpoint), (mel,), ({0: torch.export.Dim.DYNAMIC},))
+    mel = torch.zeros(TRACED_BATCH, dims.n_mels, TRACED_FRAMES)
+    dynamic = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    model = _convert(_load(encoder, ENCODER_PREFIX, checkpoint), (mel,), (dynamic,))
     _name(model.inputs, ["input_features"])
     _name(model.outputs, ["last_hidden_state"])
     return model

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -208,6 +208,10 @@ class _Watched:
         logits = self.runner.step(tokens, state)
         self.seen.append(logits[:, -1])
         return logits
+
+    def step_at(self, tokens: np.ndarray[Any, np.dtype[np.int64]], state: Any, wanted: Sequence[int]) -> Logits:
+        """As the runner's."""
+        return self.step(tokens, state)[:, wanted]
 
     def reorder(self, state: Any, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
         """As the runner's."""

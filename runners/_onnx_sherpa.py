@@ -31,6 +31,8 @@ class State:
 class SherpaRunner(WithoutAttention):
     """The encoder's and the decoder's sessions over one artifact."""
 
+    short_windows = True
+
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self.folder = artifact.path
         self.dims = artifact.manifest.dims

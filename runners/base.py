@@ -31,12 +31,14 @@ class Runner(Protocol):
     """One opened model on one runtime.
 
     ``decoder`` is ``step`` where our decode loop drives it and ``native`` where the runtime decodes by itself. ``timed`` tells
-    whether its time is the runtime's; where it is not, ``timing_needs`` says what that would take.
+    whether its time is the runtime's; where it is not, ``timing_needs`` says what that would take. With ``short_windows``,
+    :meth:`generate`, :meth:`detect_language` and :meth:`align` take windows of fewer than 3000 frames, an even number of them.
     """
 
     decoder: str
     timed: bool
     timing_needs: str
+    short_windows: bool
     dims: Dims
     tokens: TokenIds
 
@@ -85,6 +87,7 @@ class StepRunner(Written, ABC):
     decoder = "step"
     timed = True
     timing_needs = ""
+    short_windows = False
     dims: Dims
     tokens: TokenIds
     # (decoder layer, head) in the order of the step's output; None where the artifact has no such output.
@@ -97,6 +100,13 @@ class StepRunner(Written, ABC):
     @abstractmethod
     def step(self, tokens: NDArray[np.int64], state: Any) -> Logits:
         """Int64 [B, T] → logits float32 [B, T, vocab], valid until the next step; advances the state by T."""
+
+    def step_at(self, tokens: NDArray[np.int64], state: Any, wanted: Sequence[int]) -> Logits:
+        """A step of which the logits of some of the new tokens are wanted: float32 [B, wanted, vocab].
+
+        Whatever a runtime spares for it is a subclass's to say; the head is most of what a long prompt costs a small model.
+        """
+        return self.step(tokens, state)[:, wanted]
 
     @abstractmethod
     def reorder(self, state: Any, rows: NDArray[np.int64]) -> Any:

@@ -33,6 +33,7 @@ class CTranslate2Runner(Written):
     decoder = "native"
     timed = True
     timing_needs = ""
+    short_windows = True
 
     def __init__(self, path: Path, threads: int) -> None:
         manifest = read_manifest(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class OnnxRunner(StepRunner):
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
         self.alignment_heads = artifact.manifest.alignment_heads
+        self.short_windows = artifact.manifest.short_windows
         self._encoder = self._open(artifact.path / "encoder.onnx", threads)
         self._decoder = self._open(artifact.path / "decoder.onnx", threads)
         specs = [spec for spec in artifact.manifest.tensors if spec.graph == "decoder"]
@@ -56,25 +58,30 @@ class OnnxRunner(StepRunner):
 
     def step(self, tokens: NDArray[np.int64], state: State) -> Logits:
         """Run the decoder over the new tokens and add their K/V rows to the cache."""
-        return self._step(tokens, state, ["logits"])[0]
+        return self.step_at(tokens, state, range(tokens.shape[1]))
+
+    def step_at(self, tokens: NDArray[np.int64], state: State, wanted: Sequence[int]) -> Logits:
+        """The same with the head on the wanted tokens alone."""
+        return self._step(tokens, state, ["logits"], wanted)[0]
 
     def step_with_queries(self, tokens: NDArray[np.int64], state: State) -> tuple[Logits, NDArray[np.float32]]:
         """The same with one output more."""
-        logits, queries = self._step(tokens, state, ["logits", "alignment_queries"])
+        logits, queries = self._step(tokens, state, ["logits", "alignment_queries"], range(tokens.shape[1]))
         return logits, queries.astype(np.float32)
 
     def cross_keys(self, state: State, layer: int) -> NDArray[np.float32]:
         """As the encoder made them."""
         return state.cross[f"cross_k_{layer}"].astype(np.float32)
 
-    def _step(self, tokens: NDArray[np.int64], state: State, wanted: list[str]) -> list[NDArray[Any]]:
+    def _step(self, tokens: NDArray[np.int64], state: State, outputs: list[str], wanted: Sequence[int]) -> list[NDArray[Any]]:
         start, end = state.position, state.position + tokens.shape[1]
         past = {name: rows[:start] for name, rows in state.past.items()}
-        made = self._decoder.run([*wanted, *self._new], {"tokens": tokens, **past, **state.cross})
-        for rows, added in zip(state.past.values(), made[len(wanted) :], strict=True):
+        given = {"tokens": tokens, "logits_at": np.array(wanted, np.int64)}
+        made = self._decoder.run([*outputs, *self._new], {**given, **past, **state.cross})
+        for rows, added in zip(state.past.values(), made[len(outputs) :], strict=True):
             rows[start:end] = added
         state.position = end
-        shown: list[NDArray[Any]] = made[: len(wanted)]
+        shown: list[NDArray[Any]] = made[: len(outputs)]
         return shown
 
     def reorder(self, state: State, rows: NDArray[np.int64]) -> State:

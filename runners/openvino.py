@@ -40,6 +40,7 @@ class OpenVINORunner(StepRunner):
         self.dims = artifact.manifest.dims
         self.tokens = artifact.manifest.tokens
         self.alignment_heads = artifact.manifest.alignment_heads
+        self.short_windows = artifact.manifest.short_windows
         self._encoder = self._open(artifact.path / ENCODER, threads)
         self._decoder = self._open(artifact.path / DECODER, threads)
         self._newest: State | None = None

@@ -128,7 +128,7 @@ def test_streamed_export_equals_an_ordinary_one(exported, shape_folder, tmp_path
     rng = np.random.default_rng(0)
     names = [value.name for value in streamed.get_inputs()]
     for past, new in ((0, 4), (4, 1), (20, 1)):
-        feeds = {"tokens": rng.integers(0, checkpoint.dims.vocab, (2, new))}
+        feeds = {"tokens": rng.integers(0, checkpoint.dims.vocab, (2, new)), "logits_at": np.arange(new)}
         feeds |= {n: rng.normal(size=(past, 2, 1, 64)).astype(np.float32) for n in names if n.startswith("past")}
         feeds |= {n: rng.normal(size=(2, 1, 1500, 64)).astype(np.float32) for n in names if n.startswith("cross")}
         by_position = dict(zip([value.name for value in ordinary.get_inputs()], feeds.values(), strict=True))
@@ -140,16 +140,17 @@ def ordinary_decoder(checkpoint: Checkpoint, path: Path) -> ort.InferenceSession
     """The usual way: weights in memory, torch's own optimiser."""
     decoder = graph.Decoder(checkpoint.dims)
     graph.load_weights(decoder, "model.decoder.", checkpoint.state_dict())
-    batch, past, new = (torch.export.Dim(name, min=low, max=400) for name, low in (("batch", 1), ("past", 0), ("new", 1)))
+    bounds = (("batch", 1), ("past", 0), ("new", 1), ("wanted", 1))
+    batch, past, new, wanted = (torch.export.Dim(name, min=low, max=400) for name, low in bounds)
     # Tensors of their own: the exporter takes one that comes twice for one input.
     rows, cross = ([torch.zeros(shape) for _ in range(4)] for shape in ((5, 2, 1, 64), (2, 1, 1500, 64)))
     torch.onnx.export(
         graph.DynamicStep(decoder, [(1, 0)]).eval(),
-        (torch.zeros(2, 3, dtype=torch.int64), rows, cross),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, dtype=torch.int64), rows, cross),
         str(path),
         dynamo=True,
         verbose=False,
-        dynamic_shapes=({0: batch, 1: new}, [{0: past, 1: batch}] * 4, [{0: batch}] * 4),
+        dynamic_shapes=({0: batch, 1: new}, {0: wanted}, [{0: past, 1: batch}] * 4, [{0: batch}] * 4),
     )
     return session(path)
 

@@ -57,7 +57,9 @@ def test_steps_are_transformers_full_pass(pair):
     step = graph.DynamicStep(pair.decoder, heads)
     produced, asked = [], []
     for piece in tokens.split([4, 3, 1, 1, 1, 1, 1], dim=1):
-        logits, queries, *new = step(piece, past, cross)
+        logits, queries, *new = step(piece, torch.arange(piece.shape[1]), past, cross)
+        last, *_ = step(piece, torch.tensor([piece.shape[1] - 1]), past, cross)
+        torch.testing.assert_close(last, logits[:, -1:], rtol=0, atol=TOLERANCE)
         asked.append(queries)
         assert [tuple(rows.shape) for rows in new] == [(piece.shape[1], *past[0].shape[1:])] * len(past)
         past = [torch.cat(rows) for rows in zip(past, new, strict=True)]

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from asr_core import audio
 from asr_core.checkpoint import Checkpoint
 from asr_core.decode import Decoded, DecodeOptions, Timings
+from asr_core.errors import UsageError
 from asr_core.segments import Segment
 from asr_core.tokens import TokenIds, load_tokenizer
-from asr_core.transcribe import Bundle, TranscribeOptions, transcribe
+from asr_core.transcribe import MARGIN, Bundle, TranscribeOptions, transcribe
 from runners import pytorch
 from tests import openai_oracle
 from tests.support import listen_louder
@@ -126,6 +127,7 @@ class Scripted:
 
     def __init__(self, tokens: TokenIds, *answers: Decoded) -> None:
         self.tokens, self.answers = tokens, list(answers)
+        self.short_windows = True
         self.asked: list[tuple[np.ndarray, DecodeOptions]] = []
 
     def generate(self, mel: np.ndarray, options: DecodeOptions) -> list[Decoded]:
@@ -208,3 +210,19 @@ def test_progress_counts_the_seconds_of_the_clips(chatty, ids, talk):
     options = TranscribeOptions(DecodeOptions("en", timestamps=True), clips=((10, 50), (60, 99)))
     transcribe(Scripted(ids), bundle(chatty), talk, options, lambda done, total: steps.append((done, total)))
     assert steps == [(30, 50), (40, 50), (50, 50)]
+
+
+def test_trimmed_windows_end_after_their_audio(chatty, ids, tmp_path):
+    """30 s, then 4 s and the margin; the language is heard in such a window too."""
+    soundfile.write(tmp_path / "talk.wav", np.random.default_rng(0).normal(size=34 * 16000) * 0.1, 16000)
+    model = Scripted(ids)
+    transcribe(model, bundle(chatty), tmp_path / "talk.wav", TranscribeOptions(replace(POLICY, language="en"), trim_silence=True))
+    assert [mel.shape[2] for mel, _ in model.asked] == [3000, 400 + MARGIN]
+    assert not model.asked[1][0][..., 400:].any()
+
+
+def test_trimming_needs_an_encoder_that_takes_it(chatty, ids, talk):
+    model = Scripted(ids)
+    model.short_windows = False
+    with pytest.raises(UsageError, match="whole windows of 30 s"):
+        transcribe(model, bundle(chatty), talk, TranscribeOptions(POLICY, trim_silence=True))
