@@ -153,7 +153,9 @@ def measure(
         running = {one.name: stack.enter_context(_process(one, scratch, threads)) for one in found}
         ready = {name: _ask(process, None) for name, process in running.items()}
         for number in range(rounds + 1):
-            for name, process in running.items():
+            # There and back: whoever follows a heavy one finds the caches empty.
+            turns = [*running.items()]
+            for name, process in turns if number % 2 else reversed(turns):
                 if not ready[name].get("ready"):
                     continue
                 progress.update(bar, stage=f"round {number}/{rounds}: {name}")

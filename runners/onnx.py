@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from asr_core.artifact import Artifact
 from asr_core.decode import Logits, Mel
+from asr_core.errors import ArtifactError
 from runners.base import StepRunner
 
 PROVIDERS = ["CPUExecutionProvider"]
+LOGITS_AT = "logits_at"  # the decoder's input of the new tokens whose logits are wanted
 ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
@@ -46,6 +48,8 @@ class OnnxRunner(StepRunner):
         self._decoder = self._open(artifact.path / "decoder.onnx", threads)
         specs = [spec for spec in artifact.manifest.tensors if spec.graph == "decoder"]
         inputs = [spec for spec in specs if spec.role == "input"]
+        if LOGITS_AT not in {spec.name for spec in inputs}:
+            raise ArtifactError(f"{artifact.path} was made by an earlier version, whose decoder had other inputs. Export again.")
         self._cross = [spec.name for spec in inputs if spec.name.startswith("cross_")]
         self._past = [spec.name for spec in inputs if spec.name.startswith("past_")]
         self._cache_dtype = next(spec.dtype for spec in inputs if spec.name.startswith("past_"))
@@ -76,7 +80,7 @@ class OnnxRunner(StepRunner):
     def _step(self, tokens: NDArray[np.int64], state: State, outputs: list[str], wanted: Sequence[int]) -> list[NDArray[Any]]:
         start, end = state.position, state.position + tokens.shape[1]
         past = {name: rows[:start] for name, rows in state.past.items()}
-        given = {"tokens": tokens, "logits_at": np.array(wanted, np.int64)}
+        given = {"tokens": tokens, LOGITS_AT: np.array(wanted, np.int64)}
         made = self._decoder.run([*outputs, *self._new], {**given, **past, **state.cross})
         for rows, added in zip(state.past.values(), made[len(outputs) :], strict=True):
             rows[start:end] = added
