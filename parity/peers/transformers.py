@@ -30,7 +30,7 @@ def hearing(model: Any, tokenizer: Any, extractor: Any) -> Any:
         length = {"min_new_tokens": tokens, "max_new_tokens": tokens} if tokens else {}
         ids = model.generate(features, **told, **length, num_beams=1, do_sample=False)[0].tolist()
         start, end = model.config.decoder_start_token_id, model.config.eos_token_id
-        made = [token for token in ids[4 if told else 2 :] if token != end] if ids[0] == start else ids
+        made = [token for token in ids[4 if told else 2 :] if token != end] if ids[:1] == [start] else ids
         return tokenizer.decode(ids, skip_special_tokens=True).strip(), len(made)
 
     return hear
