@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ class Contender:
     target: str
     path: Path
     variant: str | None = None
+    provider: str | None = None
 
 
 @click.command(help=__doc__)
@@ -53,6 +54,7 @@ class Contender:
 @click.option(
     "--variant", "variants", multiple=True, help="A way to speed PyTorch up; 'all', or one of those that a wrong one lists."
 )
+@click.option("--provider", "providers", multiple=True, help="ONNX artifacts on a GPU, too: cuda, tensorrt.")
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(3), help="Interleaved rounds.")
 @click.option("--tokens", default=100, show_default=True, type=click.IntRange(1, 400), help="Forced tokens a window.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
@@ -63,6 +65,7 @@ def main(
     adapter: str | None,
     artifacts: Path | None,
     variants: tuple[str, ...],
+    providers: tuple[str, ...],
     rounds: int,
     tokens: int,
     threads: int,
@@ -80,8 +83,10 @@ def main(
     contenders = [Contender(REFERENCE, "pytorch", checkpoint.path)]
     contenders += [Contender(f"pytorch {name}", "pytorch", checkpoint.path, name) for name in _chosen(variants)]
     contenders += [Contender(f"{m.target}-{m.precision}", m.target, f) for f in folders for m in [read_manifest(f)]]
+    contenders += _on_providers(contenders, providers)
     samples = measure(contenders, rounds, tokens, threads)
-    roofs = _roofs(checkpoint.dims, [c for c in contenders if c.name in samples and c.variant is None], tokens, threads)
+    on_cpu = [c for c in contenders if c.name in samples and c.variant is None and c.provider is None]
+    roofs = _roofs(checkpoint.dims, on_cpu, tokens, threads)
     content = {"schema": 2, "host": report.host() | {"threads": threads}, "model": checkpoint.name, "tokens": tokens}
     report.write_json(json_file, content | {"samples": samples, "roofs": {name: asdict(roof) for name, roof in roofs.items()}})
     terminal = Console()
@@ -166,6 +171,23 @@ def _chosen(variants: tuple[str, ...]) -> tuple[str, ...]:
     if unknown:
         raise UsageError(f"PyTorch has no variant {unknown[0]!r}; it has: {', '.join(NAMES)}.")
     return variants
+
+
+def _on_providers(contenders: list[Contender], providers: tuple[str, ...]) -> list[Contender]:
+    """Those whose runtimes have providers, once more on each; raises :class:`UsageError` for one that none of them knows."""
+    from asr_core.errors import UsageError
+    from runners.base import providers_of
+
+    known = {c.name: providers_of(c.target) for c in contenders} if providers else {}
+    unknown = set(providers).difference(*known.values())
+    if unknown:
+        raise UsageError(f"no artifact here runs on {min(unknown)!r}: ONNX's run on cuda and tensorrt.")
+    return [
+        replace(one, name=f"{one.name} {provider}", provider=provider)
+        for provider in providers
+        for one in contenders
+        if provider in known[one.name]
+    ]
 
 
 def measure(contenders: list[Contender], rounds: int, tokens: int, threads: int, *, processor: bool = False) -> Samples:
@@ -264,7 +286,7 @@ def _open(contender: Contender, threads: int) -> Runner:
     from runners import base
 
     if contender.variant is None:
-        return base.open_runner(contender.target, contender.path, threads)
+        return base.open_runner(contender.target, contender.path, threads, contender.provider)
     from runners import _pytorch_variants
 
     return _pytorch_variants.open(contender.path, threads, contender.variant)

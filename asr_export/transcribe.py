@@ -94,6 +94,7 @@ class _Bound(click.ParamType[float | None]):
 @click.option("--clip-timestamps", help="Seconds: start,end,start,end,… of what to transcribe.")
 @click.option("--vad", is_flag=True, help="Transcribe only where someone speaks.")
 @click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Stretches with speech at a time.")
+@click.option("--provider", help="ONNX Runtime's on a GPU: cuda or tensorrt.  [default: the CPU]")
 @click.option("--trim-silence", is_flag=True, help="Short audio in short windows: faster, and some words change.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.  [default: all processors]")
 @handle_errors
@@ -103,7 +104,7 @@ def main(audio: tuple[str, ...], artifact: Path, form: str | None, output_dir: P
     if highlight and not given["word_timestamps"]:
         raise UsageError("--highlight-words is about words: give --word-timestamps too.")
     output = _output(audio, form, output_dir)
-    words_of, settings = _transcriber(artifact, given, threads)
+    words_of, settings = _transcriber(artifact, given, threads, given.pop("provider"))
     found, errors = jobs.collect(audio, output.folder, printed=output.printed)
     codes = [error.exit_code for error in errors]
     for error in errors:
@@ -149,7 +150,7 @@ def _output(audio: tuple[str, ...], form: str | None, folder: Path | None) -> _O
     return _Output(forms, None if to_stdout else folder, printed)
 
 
-def _transcriber(folder: Path, given: dict[str, Any], threads: int) -> tuple[Words, Any]:
+def _transcriber(folder: Path, given: dict[str, Any], threads: int, provider: str | None) -> tuple[Words, Any]:
     """Open an artifact with its runtime; also returns what, with the audio, decides on the words.
 
     An unknown language or task fails before the model is loaded.
@@ -161,7 +162,7 @@ def _transcriber(folder: Path, given: dict[str, Any], threads: int) -> tuple[Wor
     artifact = Artifact.open(folder)
     bundle = Bundle.read(artifact.path)
     options = _options(given, artifact.manifest.tokens, bundle.tokenizer)
-    runner = open_runner(artifact.manifest.target, artifact.path, threads)
+    runner = open_runner(artifact.manifest.target, artifact.path, threads, provider)
 
     def words_of(path: Path, progress: Progress) -> Transcript:
         transcript = transcribe(runner, bundle, path, options, progress)

@@ -5,6 +5,8 @@ A runner is a module with ``open(path, threads) -> Runner``. It reads the artifa
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -183,10 +185,26 @@ class WithoutAttention(StepRunner):
         raise NotImplementedError
 
 
-def open_runner(target: str, path: Path, threads: int) -> Runner:
-    """Open an artifact folder (or, for ``pytorch``, a checkpoint folder) with its runtime.
+def open_runner(target: str, path: Path, threads: int, provider: str | None = None) -> Runner:
+    """Open an artifact folder (or, for ``pytorch``, a checkpoint folder) with its runtime, on a provider of it or on the CPU.
 
-    Raises :class:`~asr_core.errors.UnavailableError` where the runtime is not installed.
+    Raises :class:`~asr_core.errors.UnavailableError` where the runtime or the provider is not at hand, :class:`UsageError` where
+    the runtime knows no such provider.
     """
     registry.require(target)
-    return cast("Runner", registry.load("runners", target).open(path, threads))
+    if provider is None:
+        return cast("Runner", registry.load("runners", target).open(path, threads))
+    known = providers_of(target)
+    if provider not in known:
+        raise UsageError(f"{target} does not run on {provider!r}; it runs on: {', '.join(('the CPU', *known))}.")
+    return cast("Runner", importlib.import_module(_device_module(target)).open(path, threads, provider))
+
+
+def providers_of(target: str) -> tuple[str, ...]:
+    """What a target's runtime can run on beside the CPU, if this machine has it."""
+    module = _device_module(target)
+    return () if importlib.util.find_spec(module) is None else tuple(importlib.import_module(module).PROVIDERS)
+
+
+def _device_module(target: str) -> str:
+    return f"runners._device_{target.replace(registry.LAYOUT, '_')}"

@@ -18,6 +18,7 @@ from runners.base import StepRunner
 
 PROVIDERS = ["CPUExecutionProvider"]
 LOGITS_AT = "logits_at"  # the decoder's input of the new tokens whose logits are wanted
+QUERIES, STATES = "alignment_queries", "encoder_states"  # outputs
 ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
@@ -35,6 +36,29 @@ class State:
     origin: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Ports:
+    """Names of the decoder's inputs, the cached ones of its self-attention and those of its cross-attention; the caches' type."""
+
+    past: list[str]
+    cross: list[str]
+    cache_dtype: np.dtype[Any]
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Ports:
+        """Those that the manifest has; raises :class:`ArtifactError` for another form of decoder."""
+        inputs = {one.name: one.dtype for one in artifact.manifest.tensors if (one.graph, one.role) == ("decoder", "input")}
+        if LOGITS_AT not in inputs:
+            raise ArtifactError(f"{artifact.path} was made by an earlier version, whose decoder had other inputs. Export again.")
+        past, cross = ([name for name in inputs if name.startswith(kind)] for kind in ("past_", "cross_"))
+        return cls(past, cross, np.dtype(inputs[past[0]]))
+
+    @staticmethod
+    def new_of(name: str) -> str:
+        """The output that has the new rows of a cache."""
+        return name.replace("past_", "new_", 1)
+
+
 class OnnxRunner(StepRunner):
     """The encoder's and the decoder step's sessions over one artifact."""
 
@@ -46,19 +70,13 @@ class OnnxRunner(StepRunner):
         self.short_windows = artifact.manifest.short_windows
         self._encoder = self._open(artifact.path / "encoder.onnx", threads)
         self._decoder = self._open(artifact.path / "decoder.onnx", threads)
-        specs = [spec for spec in artifact.manifest.tensors if spec.graph == "decoder"]
-        inputs = [spec for spec in specs if spec.role == "input"]
-        if LOGITS_AT not in {spec.name for spec in inputs}:
-            raise ArtifactError(f"{artifact.path} was made by an earlier version, whose decoder had other inputs. Export again.")
-        self._cross = [spec.name for spec in inputs if spec.name.startswith("cross_")]
-        self._past = [spec.name for spec in inputs if spec.name.startswith("past_")]
-        self._cache_dtype = next(spec.dtype for spec in inputs if spec.name.startswith("past_"))
-        self._new = [*(name.replace("past_", "new_", 1) for name in self._past)]
+        self._ports = Ports.read(artifact)
+        self._new = [self._ports.new_of(name) for name in self._ports.past]
 
     def encode(self, mel: Mel) -> State:
         """Run the encoder and keep the cross-attention K/V; the cache starts empty."""
-        cross = self._encoder.run(self._cross, {"mel": np.ascontiguousarray(mel)})
-        return self._begin(dict(zip(self._cross, cross, strict=True)), len(mel))
+        cross = self._encoder.run(self._ports.cross, {"mel": np.ascontiguousarray(mel)})
+        return self._begin(dict(zip(self._ports.cross, cross, strict=True)), len(mel))
 
     def step(self, tokens: NDArray[np.int64], state: State) -> Logits:
         """Run the decoder over the new tokens and add their K/V rows to the cache."""
@@ -70,7 +88,7 @@ class OnnxRunner(StepRunner):
 
     def step_with_queries(self, tokens: NDArray[np.int64], state: State) -> tuple[Logits, NDArray[np.float32]]:
         """The same with one output more."""
-        logits, queries = self._step(tokens, state, ["logits", "alignment_queries"], range(tokens.shape[1]))
+        logits, queries = self._step(tokens, state, ["logits", QUERIES], range(tokens.shape[1]))
         return logits, queries.astype(np.float32)
 
     def cross_keys(self, state: State, layer: int) -> NDArray[np.float32]:
@@ -105,12 +123,12 @@ class OnnxRunner(StepRunner):
 
     def encoder_states(self, mel: Mel) -> NDArray[np.float32]:
         """The encoder alone."""
-        states: NDArray[np.float32] = self._encoder.run(["encoder_states"], {"mel": np.ascontiguousarray(mel)})[0]
+        states: NDArray[np.float32] = self._encoder.run([STATES], {"mel": np.ascontiguousarray(mel)})[0]
         return states
 
     def _begin(self, cross: dict[str, NDArray[Any]], batch: int) -> State:
         shape = (self.dims.n_text_ctx, batch, self.dims.decoder_heads, self.dims.head_dim)
-        past = {name: np.empty(shape, self._cache_dtype) for name in self._past}
+        past = {name: np.empty(shape, self._ports.cache_dtype) for name in self._ports.past}
         return State(0, past, cross, np.arange(batch))
 
     def _open(self, model: Path, threads: int) -> Any:
