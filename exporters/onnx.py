@@ -519,12 +519,12 @@ class _Rewriter:
             return recorded
         rounded = nearest if packing.bits == FEW else partial(nearest_int8, groups=packing.groups)
         weight = self.weights.read(full)
-        codes, scales = torch.empty(weight.shape, dtype=torch.int8), []
+        codes, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), packing.groups)
         for start in range(0, len(weight), ROWS):  # in one piece, the largest would need several times its size
+            # Small results that stayed in memory between the temporaries would keep these from being given back.
             made = rounded(weight[start : start + ROWS].float())
-            codes[start : start + ROWS] = made.codes
-            scales.append(made.scales)
-        return Integers(codes, torch.cat(scales), packing.bits)
+            codes[start : start + ROWS], scales[start : start + ROWS] = made.codes, made.scales
+        return Integers(codes, scales, packing.bits)
 
     def _float_boundary(self) -> None:
         """Spectrogram, states and logits stay float32 for the caller; the caches are float16, as the graph is."""

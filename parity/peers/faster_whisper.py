@@ -25,6 +25,10 @@ def open(folder: Path, precision: str, threads: int, scratch: Path) -> Any:
     )
     generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     end = generation["eos_token_id"]
+    never = [
+        end,
+        *range(generation["no_timestamps_token_id"] + 1, model.hf_tokenizer.get_vocab_size()),
+    ]
     # CTranslate2 stops at half of the length that it is given, and faster-whisper adds its prompt to the number that it is told.
     prompt = 4 if generation.get("lang_to_id") else 2
 
@@ -37,7 +41,7 @@ def open(folder: Path, precision: str, threads: int, scratch: Path) -> Any:
             without_timestamps=True,
             condition_on_previous_text=False,
             vad_filter=False,
-            suppress_tokens=[*(generation.get("suppress_tokens") or []), *([end] if tokens else [])],
+            suppress_tokens=[*(generation.get("suppress_tokens") or []), *(never if tokens else [])],
             max_new_tokens=tokens and 2 * tokens - prompt,
             no_speech_threshold=None,
             log_prob_threshold=None,

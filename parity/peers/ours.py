@@ -24,7 +24,9 @@ def open(folder: Path, precision: str, threads: int, scratch: Path) -> Hear:
     tokenizer, filters = load_tokenizer(folder), np.load(folder / "mel_filters.npy")
 
     def hear(samples: NDArray[np.float32], language: str, tokens: int | None) -> tuple[str, int]:
-        never_ends = None if tokens is None else (*runner.tokens.suppress, runner.tokens.end)
+        # Others go on after a timestamp, which random weights may say.
+        beyond = range(runner.tokens.no_timestamps + 1, runner.dims.vocab)
+        never_ends = None if tokens is None else (*runner.tokens.suppress, runner.tokens.end, *beyond)
         options = DecodeOptions(language=language, suppress=never_ends, max_new_tokens=tokens)
         (decoded,) = runner.generate(audio.log_mel(samples, filters)[None], options)
         return text_of(tokenizer, decoded.tokens), len(decoded.tokens)
