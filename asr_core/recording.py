@@ -75,6 +75,11 @@ class Recording:
         power[: len(data)] = data  # silence at the end was not written
         return normalised(power.reshape(-1, self._n_mels).T, self._peak)
 
+    @property
+    def silence(self) -> float:
+        """The feature of every mel band where nothing is heard."""
+        return float(normalised(np.zeros((1, 1), np.float32), self._peak)[0, 0])
+
     def close(self) -> None:
         """Remove the temporary file."""
         self._file.close()
