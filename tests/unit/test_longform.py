@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from asr_core import audio
 from asr_core.checkpoint import Checkpoint
 from asr_core.decode import Decoded, DecodeOptions, Timings
+from asr_core.errors import UsageError
 from asr_core.segments import Segment
 from asr_core.tokens import TokenIds, load_tokenizer
-from asr_core.transcribe import Bundle, TranscribeOptions, transcribe
+from asr_core.transcribe import Bundle, TranscribeOptions, batches, transcribe
 from runners import pytorch
 from tests import openai_oracle
 from tests.support import listen_louder
@@ -201,6 +203,64 @@ def test_side_by_side_is_one_after_the_other(chatty, talk):
         (s.id, s.seek, s.start, s.end, s.tokens) for s in expected.segments
     ]
     assert found.text == expected.text != ""
+
+
+class Copy:
+    """A copy that keeps the sizes of its batches."""
+
+    def __init__(self, checkpoint: Checkpoint, barrier: Barrier) -> None:
+        self.runner, self.barrier, self.batches = pytorch.open(checkpoint.path, 1), barrier, []
+        self.tokens, self.detect_language = self.runner.tokens, self.runner.detect_language
+
+    def generate(self, mel: np.ndarray, options: DecodeOptions) -> list[Decoded]:
+        if not self.batches:
+            self.barrier.wait()
+        self.batches.append(len(mel))
+        return self.runner.generate(mel, options)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_several_copies_say_what_one_says(chatty, talk, count):
+    """All decode at the same time; neither the words nor their order tell how many there were."""
+    clips = tuple((float(start), start + 6.5) for start in range(0, 63, 7))
+    options = TranscribeOptions(POLICY, condition_on_previous_text=False, clips=clips, batch_size=2)
+    expected = transcribe(pytorch.open(chatty.path, 1), bundle(chatty), talk, replace(options, batch_size=1))
+    barrier = Barrier(count, timeout=60)
+    copies = [Copy(chatty, barrier) for _ in range(count)]
+    steps: list[tuple[float, float]] = []
+    found = transcribe(copies, bundle(chatty), talk, options, lambda done, total: steps.append((done, total)))
+    assert [(s.id, s.seek, s.start, s.end, s.tokens) for s in found.segments] == [
+        (s.id, s.seek, s.start, s.end, s.tokens) for s in expected.segments
+    ]
+    assert found.text == expected.text != ""
+    assert max(size for copy in copies for size in copy.batches) <= 2
+    assert steps[-1] == pytest.approx((58.5, 58.5))
+
+
+def test_copies_do_not_share_a_file_that_goes_one_after_the_other(chatty, ids, talk):
+    first, second = Scripted(ids), Scripted(ids)
+    transcribe([first, second], bundle(chatty), talk, TranscribeOptions(DecodeOptions("en", timestamps=True)))
+    assert (len(first.asked), len(second.asked)) == (3, 0)
+
+
+def test_what_goes_wrong_in_a_copy_is_raised(chatty, ids, talk):
+    class Broken(Scripted):
+        def generate(self, mel: np.ndarray, options: DecodeOptions) -> list[Decoded]:
+            raise UsageError("this one cannot.")
+
+    options = TranscribeOptions(DecodeOptions("en"), clips=((0, 10), (10, 20), (20, 30)), batch_size=2)
+    with pytest.raises(UsageError, match="this one cannot"):
+        transcribe([Scripted(ids), Broken(ids)], bundle(chatty), talk, options)
+
+
+@pytest.mark.parametrize(
+    ("items", "size", "copies", "sizes"),
+    [(16, 8, 1, [8, 8]), (17, 8, 1, [5, 6, 6]), (5, 8, 2, [2, 3]), (1, 8, 2, [1]), (17, 8, 2, [4, 4, 4, 5]), (3, 1, 1, [1] * 3)],
+)
+def test_batches_are_even_and_give_every_copy_work(items, size, copies, sizes):
+    found = batches(range(items), size, copies)
+    assert [len(batch) for batch in found] == sizes
+    assert [item for batch in found for item in batch] == list(range(items))
 
 
 def test_progress_counts_the_seconds_of_the_clips(chatty, ids, talk):
