@@ -13,6 +13,9 @@ from asr_core.errors import StorageError, UnavailableError
 
 CGROUP = Path("/sys/fs/cgroup")
 MEMORY = Path("/proc/meminfo")
+BYTES = 4  # of a float32
+ACTIVATIONS = 5  # times the attention scores of an encoder layer and the decoder's keys and values of the sound
+RUNTIME = 2  # times a model's files: the weights once more in the order in which the runtime reads them
 SMALL_FILES = 20e6  # bytes of an artifact that are not weights: tokenizers, graphs
 
 
@@ -55,6 +58,17 @@ def check(name: str, cost: Cost, dims: Dims, out: Path) -> None:
             f"{name} would write {files / 1e9:.1f} GB below {out}, where {room / 1e9:.1f} GB are free. "
             "Make room there, or give another folder with --out."
         )
+
+
+def copies(model_mb: float, dims: Dims, batch_size: int, most: int) -> int:
+    """How many copies of a model memory has room for, each with a batch of its own: at least one, at most ``most``.
+
+    ``model_mb`` is the size of its files. A window's share is that of the hungriest runtime measured (OpenVINO).
+    """
+    frames = dims.n_audio_ctx
+    keys_and_values = 2 * dims.decoder_layers * frames * dims.d_model
+    window_mb = ACTIVATIONS * BYTES * (keys_and_values + dims.encoder_heads * frames**2) / 1e6
+    return max(1, min(most, int(available_mb() / (RUNTIME * model_mb + batch_size * window_mb))))
 
 
 def available_mb() -> float:

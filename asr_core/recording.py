@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -46,6 +47,7 @@ class Recording:
         self.samples = 0
         self._n_mels = len(filters)
         self._stored = 0
+        self._reading = Lock()  # windows may be read by several threads
         self._peak = np.float32(0)
         self._file = tempfile.TemporaryFile(prefix="asr-export-")  # noqa: SIM115 - closed by close()
         try:
@@ -70,8 +72,9 @@ class Recording:
         """Whisper's features of frames ``start`` to ``stop``, float32 [n_mels, stop - start]; silence follows the content."""
         power = np.zeros((stop - start) * self._n_mels, np.float32)
         there = max(0, min(stop, self._stored) - start)
-        self._file.seek(start * self._n_mels * BYTES)
-        data = np.frombuffer(self._file.read(there * self._n_mels * BYTES), np.float32)
+        with self._reading:
+            self._file.seek(start * self._n_mels * BYTES)
+            data = np.frombuffer(self._file.read(there * self._n_mels * BYTES), np.float32)
         power[: len(data)] = data  # silence at the end was not written
         return normalised(power.reshape(-1, self._n_mels).T, self._peak)
 

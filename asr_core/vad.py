@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,19 +39,21 @@ LONGEST_UNPADDED = LONGEST - CHUNK - 2 * PAD
 class VoiceDetector:
     """Hears a recording as it streams by (:class:`asr_core.recording.Listener`); raises :class:`UnavailableError`."""
 
-    def __init__(self) -> None:
-        self._session = _session()
+    def __init__(self, threads: int = 1) -> None:
+        self._session = _session(threads)
         self._samples = 0
         self._waiting = np.zeros(CONTEXT, np.float32)  # the context, then what has not been heard yet
         self._state = [np.zeros(STATE, np.float32), np.zeros(STATE, np.float32)]
         self._probabilities: list[NDArray[np.float32]] = []
+        self._beside = ThreadPoolExecutor(1)  # the network listens while the next samples are read
+        self._listening: Future[None] | None = None
 
     def hear(self, samples: NDArray[np.float32]) -> None:
         """Take in float32 [n], mono, 16 kHz."""
         self._samples += len(samples)
         self._waiting = np.concatenate([self._waiting, samples])
         while len(self._waiting) >= CONTEXT + CHUNK * CHUNKS_A_RUN:
-            self._run(CHUNKS_A_RUN)
+            self._listen(CHUNKS_A_RUN)
 
     def clips(self) -> list[tuple[float, float]]:
         """Stretches that hold all speech, each at most 30 s; start and end in seconds. Call it once, when all was heard."""
@@ -58,16 +61,24 @@ class VoiceDetector:
         if rest:
             chunks = -(-rest // CHUNK)
             self._waiting = np.pad(self._waiting, (0, chunks * CHUNK - rest))
-            self._run(chunks)
+            self._listen(chunks)
+        if self._listening:
+            self._listening.result()
+        self._beside.shutdown()
         spoken = speech(np.concatenate([np.zeros(0, np.float32), *self._probabilities]), self._samples)
         return [(start / SAMPLE_RATE, end / SAMPLE_RATE) for start, end in merged(spoken)]
 
-    def _run(self, chunks: int) -> None:
+    def _listen(self, chunks: int) -> None:
+        """Hand so many chunks to the network, once it is through with those before: no more than two lots are in memory."""
+        if self._listening:
+            self._listening.result()
         views = np.lib.stride_tricks.sliding_window_view(self._waiting, CONTEXT + CHUNK)[: chunks * CHUNK : CHUNK]
-        feeds = {"input": np.ascontiguousarray(views), "h": self._state[0], "c": self._state[1]}
-        found, *self._state = self._session.run(None, feeds)
-        self._probabilities.append(found.reshape(-1))
+        self._listening = self._beside.submit(self._run, np.ascontiguousarray(views))
         self._waiting = self._waiting[chunks * CHUNK :]
+
+    def _run(self, chunks: NDArray[np.float32]) -> None:
+        found, *self._state = self._session.run(None, {"input": chunks, "h": self._state[0], "c": self._state[1]})
+        self._probabilities.append(found.reshape(-1))
 
 
 def speech(probabilities: NDArray[np.float32], samples: int) -> list[tuple[int, int]]:
@@ -153,7 +164,7 @@ def merged(stretches: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _session() -> Any:
+def _session(threads: int) -> Any:
     package = importlib.util.find_spec("faster_whisper")
     if package is None or package.origin is None or importlib.util.find_spec("onnxruntime") is None:
         raise UnavailableError("voice detection needs faster-whisper and onnxruntime: pip install 'asr-export[vad]'")
@@ -161,6 +172,7 @@ def _session() -> Any:
 
     model = next(Path(package.origin).parent.glob("assets/silero_vad*.onnx"))
     options = onnxruntime.SessionOptions()
-    options.inter_op_num_threads = options.intra_op_num_threads = 1
+    options.inter_op_num_threads, options.intra_op_num_threads = 1, threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the features are computed in between
     options.log_severity_level = 4
     return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])

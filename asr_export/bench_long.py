@@ -1,11 +1,13 @@
 """How much faster a long recording goes when its stretches with speech are decoded side by side.
 
 ``python -m asr_export.bench_long RECORDING --artifact FOLDER…``: each artifact transcribes the recording sequentially and in
-batches by turns, greedily, without timestamps or previous text; the ratios are those of neighbouring rounds.
+batches by turns, greedily, without timestamps or previous text, each as asr-transcribe does with so many threads; the ratios
+are those of neighbouring rounds.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import time
@@ -47,22 +49,23 @@ def measure(
     from asr_core.artifact import Artifact
     from asr_core.decode import DecodeOptions
     from asr_core.transcribe import Bundle, TranscribeOptions, transcribe
-    from runners.base import open_runner
+    from runners.base import open_team
 
     artifact = Artifact.open(folder)
-    runner = open_runner(artifact.manifest.target, folder, threads)
+    ways = [(open_team(artifact.manifest.target, folder, threads, size), size) for size in (1, batch_size)]
     bundle = Bundle.read(folder)
     policy = DecodeOptions(max_new_tokens=tokens, no_speech_threshold=None)
     sequential = TranscribeOptions(policy, condition_on_previous_text=False)
     samples = []
     for _ in range(rounds + 1):
         times = []
-        for options in (sequential, replace(sequential, batch_size=batch_size)):
+        for team, size in ways:
             started, used = time.perf_counter(), time.process_time()
-            transcribe(runner, bundle, recording, options)
+            transcribe(team, bundle, recording, replace(sequential, batch_size=size))
             times.append((time.perf_counter() - started, time.process_time() - used))
         samples.append({"wall": (times[0][0], times[1][0]), "processor": (times[0][1], times[1][1])})
-    runner.close()
+    for runner in itertools.chain.from_iterable(team for team, _ in ways):
+        runner.close()
     return samples[1:]
 
 

@@ -93,7 +93,9 @@ class _Bound(click.ParamType[float | None]):
 @click.option("--hallucination-silence-threshold", type=_Bound(), help="Seconds of silence around made-up words to skip.")
 @click.option("--clip-timestamps", help="Seconds: start,end,start,end,… of what to transcribe.")
 @click.option("--vad", is_flag=True, help="Transcribe only where someone speaks.")
-@click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Stretches with speech at a time.")
+@click.option(
+    "--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Stretches with speech at a time, in each thread."
+)
 @click.option("--provider", help="ONNX Runtime's on a GPU: cuda or tensorrt.  [default: the CPU]")
 @click.option("--trim-silence", is_flag=True, help="Short audio in short windows: faster, and some words change.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.  [default: all processors]")
@@ -157,16 +159,16 @@ def _transcriber(folder: Path, given: dict[str, Any], threads: int, provider: st
     """
     from asr_core.artifact import MANIFEST, Artifact
     from asr_core.transcribe import Bundle, transcribe
-    from runners.base import open_runner
+    from runners.base import open_team
 
     artifact = Artifact.open(folder)
     bundle = Bundle.read(artifact.path)
     options = _options(given, artifact.manifest.tokens, bundle.tokenizer)
-    runner = open_runner(artifact.manifest.target, artifact.path, threads, provider)
+    team = open_team(artifact.manifest.target, artifact.path, threads, options.batch_size, provider)
 
     def words_of(path: Path, progress: Progress) -> Transcript:
-        transcript = transcribe(runner, bundle, path, options, progress)
-        return transcript if runner.timed else replace(transcript, rtfx=None)
+        transcript = transcribe(team, bundle, path, options, progress)
+        return transcript if team[0].timed else replace(transcript, rtfx=None)
 
     return words_of, [(folder / MANIFEST).read_text(encoding="utf-8"), asdict(options)]
 

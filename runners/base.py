@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from asr_core import align, decode, registry
+from asr_core import align, capacity, decode, registry
 from asr_core.align import Alignment, AlignRequest, Scores
+from asr_core.artifact import read_manifest
 from asr_core.decode import Decoded, DecodeOptions, Logits, Mel
 from asr_core.dims import Dims
 from asr_core.errors import UsageError
@@ -183,6 +184,19 @@ class WithoutAttention(StepRunner):
     def cross_keys(self, state: Any, layer: int) -> Array:
         """Never called: :meth:`cross_attention` refuses."""
         raise NotImplementedError
+
+
+def open_team(target: str, path: Path, threads: int, batch_size: int, provider: str | None = None) -> list[Runner]:
+    """Open an artifact once for every thread, to decode a batch of windows in each; in fewer copies where memory is short.
+
+    Copies with one thread each never wait for each other, as the threads of one session do at every operation. On a provider
+    there is one. Raises what :func:`open_runner` raises.
+    """
+    if batch_size == 1 or provider:
+        return [open_runner(target, path, threads, provider)]
+    model_mb = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
+    count = capacity.copies(model_mb, read_manifest(path).dims, batch_size, threads)
+    return [open_runner(target, path, (threads + i) // count) for i in range(count)]
 
 
 def open_runner(target: str, path: Path, threads: int, provider: str | None = None) -> Runner:

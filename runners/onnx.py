@@ -75,8 +75,15 @@ class OnnxRunner(StepRunner):
 
     def encode(self, mel: Mel) -> State:
         """Run the encoder and keep the cross-attention K/V; the cache starts empty."""
-        cross = self._encoder.run(self._ports.cross, {"mel": np.ascontiguousarray(mel)})
-        return self._begin(dict(zip(self._ports.cross, cross, strict=True)), len(mel))
+        first = self._encoded(mel[:1])
+        if len(mel) == 1:
+            return self._begin(first, 1)
+        # Window by window: their activations then stay in the processor's cache, and in 8 bits each has its own scale.
+        cross = {name: np.empty((len(mel), *rows.shape[1:]), rows.dtype) for name, rows in first.items()}
+        for i in range(len(mel)):
+            for name, rows in (self._encoded(mel[i : i + 1]) if i else first).items():
+                cross[name][i] = rows[0]
+        return self._begin(cross, len(mel))
 
     def step(self, tokens: NDArray[np.int64], state: State) -> Logits:
         """Run the decoder over the new tokens and add their K/V rows to the cache."""
@@ -125,6 +132,10 @@ class OnnxRunner(StepRunner):
         """The encoder alone."""
         states: NDArray[np.float32] = self._encoder.run([STATES], {"mel": np.ascontiguousarray(mel)})[0]
         return states
+
+    def _encoded(self, mel: Mel) -> dict[str, NDArray[Any]]:
+        names = self._ports.cross
+        return dict(zip(names, self._encoder.run(names, {"mel": np.ascontiguousarray(mel)}), strict=True))
 
     def _begin(self, cross: dict[str, NDArray[Any]], batch: int) -> State:
         shape = (self.dims.n_text_ctx, batch, self.dims.decoder_heads, self.dims.head_dim)

@@ -47,6 +47,15 @@ def test_too_little_memory_is_said_in_figures(dims, machine, tmp_path):
         capacity.check("ctranslate2-fp32", COST, large, tmp_path)
 
 
+def test_as_many_copies_as_memory_has_room_for(dims, machine):
+    machine(memory=1e6)
+    assert capacity.copies(100, dims, batch_size=8, most=16) == 16
+    large = dims.model_copy(update=LARGE | {"encoder_heads": 20})
+    for memory, expected in ((1000, 1), (32_000, 1), (64_000, 2)):  # large-v3 in 8 bits
+        machine(memory=memory)
+        assert capacity.copies(1600, large, batch_size=8, most=16) == expected
+
+
 def test_too_little_disk_is_said_in_figures(dims, machine, tmp_path):
     machine(disk=2e9)
     with pytest.raises(StorageError, match=r"would write 6\.\d GB below .*, where 2\.0 GB are free.*--out"):

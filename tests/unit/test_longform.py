@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from asr_core.decode import Decoded, DecodeOptions, Timings
 from asr_core.errors import UsageError
 from asr_core.segments import Segment
 from asr_core.tokens import TokenIds, load_tokenizer
-from asr_core.transcribe import MARGIN, Bundle, TranscribeOptions, transcribe
+from asr_core.transcribe import MARGIN, Bundle, TranscribeOptions, batches, transcribe
 from runners import pytorch
 from tests import openai_oracle
 from tests.support import listen_louder
@@ -205,6 +206,64 @@ def test_side_by_side_is_one_after_the_other(chatty, talk):
     assert found.text == expected.text != ""
 
 
+class Copy:
+    """A copy that keeps the sizes of its batches."""
+
+    def __init__(self, checkpoint: Checkpoint, barrier: Barrier) -> None:
+        self.runner, self.barrier, self.batches = pytorch.open(checkpoint.path, 1), barrier, []
+        self.tokens, self.detect_language = self.runner.tokens, self.runner.detect_language
+
+    def generate(self, mel: np.ndarray, options: DecodeOptions) -> list[Decoded]:
+        if not self.batches:
+            self.barrier.wait()
+        self.batches.append(len(mel))
+        return self.runner.generate(mel, options)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_several_copies_say_what_one_says(chatty, talk, count):
+    """All decode at the same time; neither the words nor their order tell how many there were."""
+    clips = tuple((float(start), start + 6.5) for start in range(0, 63, 7))
+    options = TranscribeOptions(POLICY, condition_on_previous_text=False, clips=clips, batch_size=2)
+    expected = transcribe(pytorch.open(chatty.path, 1), bundle(chatty), talk, replace(options, batch_size=1))
+    barrier = Barrier(count, timeout=60)
+    copies = [Copy(chatty, barrier) for _ in range(count)]
+    steps: list[tuple[float, float]] = []
+    found = transcribe(copies, bundle(chatty), talk, options, lambda done, total: steps.append((done, total)))
+    assert [(s.id, s.seek, s.start, s.end, s.tokens) for s in found.segments] == [
+        (s.id, s.seek, s.start, s.end, s.tokens) for s in expected.segments
+    ]
+    assert found.text == expected.text != ""
+    assert max(size for copy in copies for size in copy.batches) <= 2
+    assert steps[-1] == pytest.approx((58.5, 58.5))
+
+
+def test_copies_do_not_share_a_file_that_goes_one_after_the_other(chatty, ids, talk):
+    first, second = Scripted(ids), Scripted(ids)
+    transcribe([first, second], bundle(chatty), talk, TranscribeOptions(DecodeOptions("en", timestamps=True)))
+    assert (len(first.asked), len(second.asked)) == (3, 0)
+
+
+def test_what_goes_wrong_in_a_copy_is_raised(chatty, ids, talk):
+    class Broken(Scripted):
+        def generate(self, mel: np.ndarray, options: DecodeOptions) -> list[Decoded]:
+            raise UsageError("this one cannot.")
+
+    options = TranscribeOptions(DecodeOptions("en"), clips=((0, 10), (10, 20), (20, 30)), batch_size=2)
+    with pytest.raises(UsageError, match="this one cannot"):
+        transcribe([Scripted(ids), Broken(ids)], bundle(chatty), talk, options)
+
+
+@pytest.mark.parametrize(
+    ("items", "size", "copies", "sizes"),
+    [(16, 8, 1, [8, 8]), (17, 8, 1, [5, 6, 6]), (5, 8, 2, [2, 3]), (1, 8, 2, [1]), (17, 8, 2, [4, 4, 4, 5]), (3, 1, 1, [1] * 3)],
+)
+def test_batches_are_even_and_give_every_copy_work(items, size, copies, sizes):
+    found = batches(range(items), size, copies)
+    assert [len(batch) for batch in found] == sizes
+    assert [item for batch in found for item in batch] == list(range(items))
+
+
 def test_progress_counts_the_seconds_of_the_clips(chatty, ids, talk):
     steps: list[tuple[float, float]] = []
     options = TranscribeOptions(DecodeOptions("en", timestamps=True), clips=((10, 50), (60, 99)))
@@ -218,7 +277,9 @@ def test_trimmed_windows_end_after_their_audio(chatty, ids, tmp_path):
     model = Scripted(ids)
     transcribe(model, bundle(chatty), tmp_path / "talk.wav", TranscribeOptions(replace(POLICY, language="en"), trim_silence=True))
     assert [mel.shape[2] for mel, _ in model.asked] == [3000, 400 + MARGIN]
-    assert not model.asked[1][0][..., 400:].any()
+    silence = model.asked[1][0][..., 400:]
+    assert (silence == silence.min()).all()
+    assert silence.min() <= model.asked[1][0].min()
 
 
 def test_trimming_needs_an_encoder_that_takes_it(chatty, ids, talk):
