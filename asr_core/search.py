@@ -54,7 +54,8 @@ class Search(Protocol):
 def log_total(logits: Logits) -> NDArray[np.float64]:
     """The logarithm of the sum of exponentials over the last axis: what turns a logit into a log-probability."""
     highest = logits.max(axis=-1, keepdims=True)
-    total: NDArray[np.float64] = np.exp(logits - highest).sum(axis=-1, dtype=np.float64)
+    shifted = logits - highest
+    total: NDArray[np.float64] = np.exp(shifted, out=shifted).sum(axis=-1, dtype=np.float64)
     result: NDArray[np.float64] = np.log(total) + highest[..., 0]
     return result
 

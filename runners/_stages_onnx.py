@@ -66,6 +66,11 @@ class Runner(OnnxRunner):
         """Cross-attention K and V [H, F, E] by stage."""
         return {cross_stage(name): value[0].astype("float32") for name, value in state.cross.items()}
 
+    def _encode_into(self, cross: dict[str, Any], mel: Any) -> None:
+        """By way of the recording session, which binds no buffers."""
+        for rows, made in zip(cross.values(), self._encoder.run(list(cross), {"mel": mel}), strict=True):
+            rows[:] = made
+
     def _open(self, model: Path, threads: int) -> Session:
         stream = encoder_stream if model.stem == "encoder" else decoder_stream
         return Session(model, threads, stream(self.dims), self._recorder)

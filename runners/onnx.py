@@ -75,14 +75,11 @@ class OnnxRunner(StepRunner):
 
     def encode(self, mel: Mel) -> State:
         """Run the encoder and keep the cross-attention K/V; the cache starts empty."""
-        first = self._encoded(mel[:1])
-        if len(mel) == 1:
-            return self._begin(first, 1)
+        shape = (len(mel), self.dims.decoder_heads, mel.shape[2] // 2, self.dims.head_dim)
+        cross = {name: np.empty(shape, self._ports.cache_dtype) for name in self._ports.cross}
         # Window by window: their activations then stay in the processor's cache, and in 8 bits each has its own scale.
-        cross = {name: np.empty((len(mel), *rows.shape[1:]), rows.dtype) for name, rows in first.items()}
         for i in range(len(mel)):
-            for name, rows in (self._encoded(mel[i : i + 1]) if i else first).items():
-                cross[name][i] = rows[0]
+            self._encode_into({name: rows[i : i + 1] for name, rows in cross.items()}, mel[i : i + 1])
         return self._begin(cross, len(mel))
 
     def step(self, tokens: NDArray[np.int64], state: State) -> Logits:
@@ -133,9 +130,12 @@ class OnnxRunner(StepRunner):
         states: NDArray[np.float32] = self._encoder.run([STATES], {"mel": np.ascontiguousarray(mel)})[0]
         return states
 
-    def _encoded(self, mel: Mel) -> dict[str, NDArray[Any]]:
-        names = self._ports.cross
-        return dict(zip(names, self._encoder.run(names, {"mel": np.ascontiguousarray(mel)}), strict=True))
+    def _encode_into(self, cross: dict[str, NDArray[Any]], mel: Mel) -> None:
+        binding = self._encoder.io_binding()
+        binding.bind_cpu_input("mel", np.ascontiguousarray(mel))
+        for name, rows in cross.items():
+            binding.bind_output(name, "cpu", 0, rows.dtype, rows.shape, rows.ctypes.data)
+        self._encoder.run_with_iobinding(binding)
 
     def _begin(self, cross: dict[str, NDArray[Any]], batch: int) -> State:
         shape = (self.dims.n_text_ctx, batch, self.dims.decoder_heads, self.dims.head_dim)
