@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 HOUR_S = 3600.0
+REFERENCE = "pytorch-"  # how the names of its units begin
 # Less than this share of the workers' time at work, and more workers are a waste.
 SCALES = 0.8
 
@@ -97,10 +98,14 @@ def drawn(recorded: Sequence[float], total_s: float) -> list[float]:
 
 
 def overhead(units: Iterable[dict[str, Any]]) -> float:
-    """Seconds a unit that a worker spent beside its work, from its first unit's begin to its last one's end."""
-    spans: dict[str, list[dict[str, Any]]] = {}
+    """Seconds a unit that a worker spent beside its work, from its first unit's begin to its last one's end.
+
+    The reference's units and those that are compared with it are counted apart: between them, once a run, everybody waits for the
+    reference's last one.
+    """
+    spans: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for unit in units:
-        spans.setdefault(unit["worker"], []).append(unit)
+        spans.setdefault((unit["worker"], unit["name"].startswith(REFERENCE)), []).append(unit)
     lost = sum(
         max(one["ended_s"] for one in own) - min(one["began_s"] for one in own) - sum(one["own_s"] for one in own)
         for own in spans.values()

@@ -58,6 +58,11 @@ UNITS = [
 ]
 
 
+def test_waiting_for_the_reference_is_no_overhead_of_a_unit():
+    first = {"name": "pytorch-0", "worker": "y", "began_s": -60.0, "ended_s": -50.0, "own_s": 9.0, "utterances": 4}
+    assert overhead([first, *UNITS]) == pytest.approx((1.0 + 2.0 + 0.5) / 4)
+
+
 def test_overhead_is_what_the_workers_did_not_work():
     assert overhead(UNITS) == pytest.approx((2.0 + 0.5) / 3)  # 21 s of which 19 at work, 10.5 of which 10
 
