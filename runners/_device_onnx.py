@@ -12,10 +12,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from asr_core.artifact import Artifact
-from asr_core.decode import Logits, Mel
+from asr_core.decode import Mel
 from asr_core.errors import UnavailableError
-from runners.base import StepRunner
-from runners.onnx import LOGITS_AT, QUERIES, STATES, Ports, session_options
+from runners.onnx import LOGITS_AT, STATES, Ports, Steps, session_options
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # The memory that a provider computes in, and the providers of encoder and decoder, in order of preference. TensorRT builds an
@@ -39,7 +38,7 @@ class State:
     origin: NDArray[np.int64]
 
 
-class DeviceRunner(StepRunner):
+class DeviceRunner(Steps):
     """The encoder's and the decoder step's sessions over one artifact, bound to buffers on a device."""
 
     def __init__(self, artifact: Artifact, threads: int, device: str, encoder: Sequence[str], decoder: Sequence[str]) -> None:
@@ -57,19 +56,6 @@ class DeviceRunner(StepRunner):
         """Run the encoder; what it made stays where it is."""
         made = self._encoded(mel, self._ports.cross, self._device)
         return self._begin(dict(zip(self._ports.cross, made, strict=True)), len(mel))
-
-    def step(self, tokens: NDArray[np.int64], state: State) -> Logits:
-        """Run the decoder over the new tokens; it writes their K/V rows behind the cache's last."""
-        return self.step_at(tokens, state, range(tokens.shape[1]))
-
-    def step_at(self, tokens: NDArray[np.int64], state: State, wanted: Sequence[int]) -> Logits:
-        """The same with the head on the wanted tokens alone."""
-        return self._step(tokens, state, ["logits"], wanted)[0]
-
-    def step_with_queries(self, tokens: NDArray[np.int64], state: State) -> tuple[Logits, NDArray[np.float32]]:
-        """The same with one output more."""
-        logits, queries = self._step(tokens, state, ["logits", QUERIES], range(tokens.shape[1]))
-        return logits, queries.astype(np.float32)
 
     def cross_keys(self, state: State, layer: int) -> NDArray[np.float32]:
         """As the encoder made them."""

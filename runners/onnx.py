@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,28 @@ class Ports:
         return name.replace("past_", "new_", 1)
 
 
-class OnnxRunner(StepRunner):
+class Steps(StepRunner):
+    """What a step shows, by names of the decoder's outputs; subclasses run it."""
+
+    def step(self, tokens: NDArray[np.int64], state: Any) -> Logits:
+        """Run the decoder over the new tokens and add their K/V rows to the cache."""
+        return self.step_at(tokens, state, range(tokens.shape[1]))
+
+    def step_at(self, tokens: NDArray[np.int64], state: Any, wanted: Sequence[int]) -> Logits:
+        """The same with the head on the wanted tokens alone."""
+        return self._step(tokens, state, ["logits"], wanted)[0]
+
+    def step_with_queries(self, tokens: NDArray[np.int64], state: Any) -> tuple[Logits, NDArray[np.float32]]:
+        """The same with one output more."""
+        logits, queries = self._step(tokens, state, ["logits", QUERIES], range(tokens.shape[1]))
+        return logits, queries.astype(np.float32)
+
+    @abstractmethod
+    def _step(self, tokens: NDArray[np.int64], state: Any, outputs: list[str], wanted: Sequence[int]) -> list[NDArray[Any]]:
+        """The named outputs of a step, logits of the wanted tokens."""
+
+
+class OnnxRunner(Steps):
     """The encoder's and the decoder step's sessions over one artifact."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
@@ -81,19 +103,6 @@ class OnnxRunner(StepRunner):
         for i in range(len(mel)):
             self._encode_into({name: rows[i : i + 1] for name, rows in cross.items()}, mel[i : i + 1])
         return self._begin(cross, len(mel))
-
-    def step(self, tokens: NDArray[np.int64], state: State) -> Logits:
-        """Run the decoder over the new tokens and add their K/V rows to the cache."""
-        return self.step_at(tokens, state, range(tokens.shape[1]))
-
-    def step_at(self, tokens: NDArray[np.int64], state: State, wanted: Sequence[int]) -> Logits:
-        """The same with the head on the wanted tokens alone."""
-        return self._step(tokens, state, ["logits"], wanted)[0]
-
-    def step_with_queries(self, tokens: NDArray[np.int64], state: State) -> tuple[Logits, NDArray[np.float32]]:
-        """The same with one output more."""
-        logits, queries = self._step(tokens, state, ["logits", QUERIES], range(tokens.shape[1]))
-        return logits, queries.astype(np.float32)
 
     def cross_keys(self, state: State, layer: int) -> NDArray[np.float32]:
         """As the encoder made them."""
