@@ -83,7 +83,7 @@ def test_the_graph_is_smaller_and_says_the_same(compressed):
         found = theirs(mel, decoder_input_ids=tokens)
         states, *cross = graph.EncodeWithCross(encoder.eval(), decoder.eval())(mel)
         past = [torch.zeros(0, 1, 2, WIDTH)] * 4
-        logits = graph.DynamicStep(decoder, [(1, 0)])(tokens, past, cross)[0]
+        logits = graph.DynamicStep(decoder, [(1, 0)])(tokens, torch.arange(tokens.shape[1]), past, cross)[0]
     torch.testing.assert_close(states, found.encoder_last_hidden_state, atol=1e-4, rtol=0)
     torch.testing.assert_close(logits, found.logits, atol=2e-4, rtol=0)
 
