@@ -1,6 +1,8 @@
 """What the ONNX files themselves must be: valid, small, and the same model that an ordinary export would give."""
 
+import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from transformers import WhisperForConditionalGeneration
 from asr_core import graph
 from asr_core.artifact import Artifact
 from asr_core.checkpoint import Checkpoint
-from asr_core.errors import ExportError
+from asr_core.errors import ArtifactError, ExportError
 from exporters import onnx as exporter
 from exporters.onnx import PRECISIONS, nearest_int8
 from reference import shapes
@@ -352,6 +354,23 @@ def test_quantised_weights_are_within_half_a_step(block):
     assert np.abs(restored - weight.numpy()).max() <= 0.5001 * made.scales.max()
     assert made.codes.abs().max() == 127
     assert not restored[3].any()
+
+
+def test_an_artifact_of_an_earlier_version_is_refused_by_name(exported, tmp_path):
+    folder = shutil.copytree(exported("fp32").path, tmp_path / "onnx-fp32")
+    manifest = json.loads((folder / "asr-export.json").read_text())
+    manifest["tensors"] = [tensor for tensor in manifest["tensors"] if tensor["name"] != "logits_at"]
+    (folder / "asr-export.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"onnx-fp32 was made by an earlier version.*Export again"):
+        runner.open(folder, 1)
+
+
+def test_logits_of_wanted_tokens_are_those_of_all(exported):
+    opened = runner.open(exported("fp32").path, 1)
+    mel = np.random.default_rng(0).normal(size=(2, 80, 3000)).astype(np.float32)
+    tokens = np.array([[5, 6, 7, 8], [9, 10, 11, 12]])
+    every = opened.step(tokens, opened.encode(mel))
+    np.testing.assert_allclose(opened.step_at(tokens, opened.encode(mel), [0, 3]), every[:, [0, 3]], atol=1e-5)
 
 
 def test_reordered_state_decodes_as_its_rows(exported):
