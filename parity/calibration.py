@@ -132,6 +132,7 @@ def calibrate(
 ) -> Calibration:
     """Measure the noise of the checkpoint at ``path`` in a process of its own, within ``timeout`` seconds.
 
+    The mels of the probes lie in ``work``; ``reference`` is the measurement of all utterances, ``probes`` their places in it.
     Raises the child's error, or :class:`~asr_core.errors.GateError` where it died or hung: nothing could be judged then.
     """
     arguments = {"path": str(path), "work": str(work), "reference": str(reference), "probes": list(probes), "threads": threads}
@@ -150,10 +151,10 @@ def measure_noise(
     """Inside :func:`asr_core.isolate.run`: every variant over the probes, against the reference's own files."""
     # Before torch is loaded: a second thread that spins on a busy machine costs ten times what it computes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    mels = np.load(Path(work) / data.MELS, mmap_mode="r")
+    mels, utterances = np.load(Path(work) / data.MELS), data.prepared(Path(work))
     decoded = measure.read_decoded(Path(reference))
-    utterances = data.prepared(Path(work))
-    expected = {index: _kept(Path(reference), index) for index in probes}
+    forced = [decoded[index]["tokens"] for index in probes]
+    expected = [_kept(Path(reference), index) for index in probes]
     noise = []
     for variant in variants(threads):
         progress(f"noise: {variant.what}")
@@ -162,16 +163,16 @@ def measure_noise(
             runner = cast("Any", registry.load("runners", measure.REFERENCE)).open(
                 Path(path), variant.threads or threads, **dict(variant.options)
             )
-            asked = [(runner.tokens.prompt(utterances[index].language), decoded[index]["tokens"]) for index in probes]
-            answers = _hear(runner, mels, asked, probes, variant.batch)
-            figures = weights.figures([weights.probe(expected[index], answer) for index, answer in answers])
+            prompts = [runner.tokens.prompt(utterance.language) for utterance in utterances]
+            answers = _hear(runner, mels, list(zip(prompts, forced, strict=True)), variant.batch)
+            figures = weights.figures([weights.probe(*pair) for pair in zip(expected, answers, strict=True)])
             failure = "" if all(np.isfinite(figures[name]) for name in FIGURES) else "this checkpoint overflows in it"
         except (RuntimeError, NotImplementedError) as error:  # torch's own way to say that a type has no kernel here
             failure = str(error).partition("\n")[0]
         seconds = time.perf_counter() - started
         kept = {} if failure else {name: figures[name] for name in FIGURES}
         noise.append(asdict(Noise(variant.kind, variant.what, seconds, failure, **kept)))
-    scale = max(float(np.abs(arrays["logits"]).max()) for arrays in expected.values())
+    scale = max(float(np.abs(arrays["logits"]).max()) for arrays in expected)
     return {"noise": noise, "logits_scale": scale}
 
 
@@ -189,26 +190,26 @@ def variants(threads: int) -> list[Variant]:
 
 
 def _hear(
-    runner: StepRunner, mels: NDArray[np.float32], asked: list[tuple[list[int], list[int]]], probes: list[int], batch: int
-) -> Iterator[tuple[int, dict[str, NDArray[np.float32]]]]:
+    runner: StepRunner, mels: NDArray[np.float32], asked: list[tuple[list[int], list[int]]], batch: int
+) -> Iterator[dict[str, NDArray[np.float32]]]:
     """Encoder states and logits of the probes under their prompts and the reference's tokens, ``batch`` at a time.
 
     The last batch is filled up with the first probes: rows of a short one would be computed as a smaller batch is.
     """
     prompt = len(asked[0][0])  # as long in every language
-    rows = list(range(len(probes)))
+    rows = list(range(len(asked)))
     for start in range(0, len(rows), batch):
         chosen = list(islice(cycle(rows), start, start + batch))
         longest = max(len(asked[row][1]) for row in chosen)
         # What follows a sequence's end can't change what came before it.
         sequences = [asked[row] for row in chosen]
         forced = [before + tokens + [runner.tokens.end] * (longest - len(tokens)) for before, tokens in sequences]
-        state = runner.encode(np.array(mels[[probes[row] for row in chosen]]))
+        state = runner.encode(mels[chosen])
         logits = _forced(runner, state, np.array(forced, np.int64), prompt)
         states = state.encoded.float().numpy()  # PyTorch's state holds them: no need to encode twice
         for place, row in enumerate(chosen[: len(rows) - start]):
             kept = logits[place, prompt - 1 : prompt + len(asked[row][1])]
-            yield probes[row], {"encoder": states[place], "logits": kept}
+            yield {"encoder": states[place], "logits": kept}
 
 
 def _forced(runner: StepRunner, state: Any, tokens: NDArray[np.int64], prompt: int) -> Logits:

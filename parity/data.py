@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from asr_core.errors import AudioError, UsageError
 
 MELS = "mels.npy"
 UTTERANCES = "utterances.json"
+CASES = "cases"  # the folder of the probes, and of what else only the failure classes and the modes hear
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,18 @@ def read(source: Path) -> list[Utterance]:
     return utterances
 
 
-def prepare(utterances: list[Utterance], n_mels: int, folder: Path) -> list[Utterance]:
-    """Write every utterance's log-mel, float32 [N, n_mels, 3000], and the list itself below ``folder``.
+def prepare(utterances: list[Utterance], n_mels: int, folder: Path, collected: Path | None = None) -> None:
+    """Write every utterance's log-mel, float32 [N, n_mels, 3000], and the list with the durations below ``folder``.
 
-    Returns the utterances with their durations. Raises :class:`AudioError` naming a file that cannot be used.
+    ``collected`` is where :func:`collect` laid the recordings; None reads them where they are. Raises :class:`AudioError` naming
+    a file that cannot be used.
     """
     filters = audio.mel_filters(n_mels)
     shape = (len(utterances), n_mels, audio.WINDOW_FRAMES)
     mels = np.lib.format.open_memmap(folder / MELS, mode="w+", dtype=np.float32, shape=shape)
     known = []
     for i, utterance in enumerate(utterances):
-        samples = audio.load_audio(utterance.path)
+        samples = _samples(utterance, collected and collected / _recording(i, utterance))
         try:
             mels[i] = audio.log_mel(samples, filters)
         except AudioError as error:
@@ -67,13 +70,32 @@ def prepare(utterances: list[Utterance], n_mels: int, folder: Path) -> list[Utte
         known.append(replace(utterance, duration=len(samples) / audio.SAMPLE_RATE))
     mels.flush()
     _list(folder, known)
-    return known
 
 
-def store(folder: Path, mels: NDArray[np.float32], utterances: list[Utterance]) -> None:
-    """Write some prepared utterances and their features, float32 [N, n_mels, 3000], below another folder."""
-    np.save(folder / MELS, mels)
+def collect(utterances: list[Utterance], folder: Path) -> None:
+    """Lay links to the recordings of some utterances into a folder, and their list: what another machine needs of them."""
+    for i, utterance in enumerate(utterances):
+        (folder / _recording(i, utterance)).symlink_to(utterance.path.resolve())
     _list(folder, utterances)
+
+
+def prepare_collected(collected: str, n_mels: int, folder: str) -> dict[str, Any]:
+    """Inside :func:`asr_core.isolate.run`: :func:`prepare` what lies in a folder that :func:`collect` filled."""
+    prepare(prepared(Path(collected)), n_mels, Path(folder), Path(collected))
+    return {}
+
+
+def _recording(place: int, utterance: Utterance) -> str:
+    return f"{place}{utterance.path.suffix}"
+
+
+def _samples(utterance: Utterance, collected: Path | None) -> NDArray[np.float32]:
+    if collected is None:
+        return audio.load_audio(utterance.path)
+    try:
+        return audio.load_audio(collected)
+    except AudioError as error:  # under the name that the user knows
+        raise AudioError(str(error).replace(str(collected), str(utterance.path))) from None
 
 
 def _list(folder: Path, utterances: list[Utterance]) -> None:

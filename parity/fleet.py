@@ -27,13 +27,12 @@ from distributed import Client, Future, LocalCluster, get_worker
 from asr_core import isolate, registry
 from asr_core.errors import UnavailableError
 from asr_core.isolate import Outcome
-from parity import data, measure, modes, resume, suite, units, weights
+from parity import data, measure, resume, units, weights
 from parity.measurers import LOCAL, Request, UnitTime
 from parity.share import Share
 from parity.units import Unit
 
 TOPIC = "asr-parity"
-CASES = "cases"
 ATTEMPTS = 3
 # A unit is a straggler when it runs for longer than this many times the median of its kind, and than this many seconds.
 STRAGGLER, LEAST_STRAGGLER_S = 3.0, 10.0
@@ -68,7 +67,7 @@ class Plan:
 
     def kind(self, unit: Unit) -> str:
         """What a unit's duration can be compared with."""
-        return CASES if unit.level else self.request.folder.name
+        return data.CASES if unit.level else self.request.folder.name
 
 
 @dataclass
@@ -101,9 +100,17 @@ class Fleet:
         self._labels: tuple[float, dict[str, set[str]]] = (-np.inf, {})
         self._seen: dict[str, float] = {}
         self._submitted = 0
+        self._utterances: list[data.Utterance] = []
+        self._n_mels = 0
+        self._published: set[str] = set()
         self._shards: list[range] = []
         self._code = resume.code_version()
         client.subscribe_topic(TOPIC, self._begun)
+
+    def prepare(self, utterances: list[data.Utterance], n_mels: int, work: Path) -> None:
+        """Cut the utterances into shards; whichever worker measures one first makes its features."""
+        self._utterances, self._n_mels = utterances, n_mels
+        self._shards = units.shards(len(utterances), self.size)
 
     def require(self, target: str) -> None:
         """Raise :class:`UnavailableError` where no worker carries the target's label."""
@@ -124,7 +131,7 @@ class Fleet:
         outcomes = self._gather(plan)
         if request.reference is None and request.level:  # PyTorch's cases are forced to its own tokens
             own = replace(request, reference=request.folder)
-            cases = self._begin(Plan(own, [self._cases(own, timeout)]), f"{request.folder.name}-{CASES}")
+            cases = self._begin(Plan(own, [self._cases(own, timeout)]), f"{request.folder.name}-{data.CASES}")
             self._await(cases, progress)
             if cases.failed:
                 return cases.failed
@@ -158,8 +165,6 @@ class Fleet:
         name = request.folder.name
         if name in self._plans:
             return self._plans[name]
-        if not self._shards:
-            self._publish_inputs(request)
         cut = self._cut(request, timeout)
         if request.level and request.reference:
             cut.append(self._cases(request, timeout))
@@ -170,26 +175,21 @@ class Fleet:
         for unit in plan.units:
             known = units.finished(self.share, unit.result)
             if known is None:
+                self._publish_recordings(plan, unit)
                 self._submit(plan, unit)
             else:
                 plan.answers[unit.name] = known
         return plan
 
-    def _publish_inputs(self, request: Request) -> None:
-        """Features and utterances of every shard, and what the cases need."""
-        mels, utterances = np.load(request.work / data.MELS, mmap_mode="r"), data.prepared(request.work)
-        self._shards = units.shards(len(utterances), self.size)
-        for i, shard in enumerate(self._shards):
-            with tempfile.TemporaryDirectory(prefix="asr-export-inputs-") as folder:
-                data.store(Path(folder), mels[shard.start : shard.stop], utterances[shard.start : shard.stop])
-                self.share.publish(Path(folder), f"inputs/{i}")
-        if request.level:
-            with tempfile.TemporaryDirectory(prefix="asr-export-inputs-") as folder:
-                chosen = list(request.probes)
-                data.store(Path(folder), mels[chosen], [utterances[i] for i in chosen])
-                for name in (suite.WINDOWS, modes.RECORDING):
-                    shutil.copyfile(request.work / name, Path(folder) / name)
-                self.share.publish(Path(folder), f"inputs/{CASES}")
+    def _publish_recordings(self, plan: Plan, unit: Unit) -> None:
+        """What the unit's features are made from, just before it: the first workers begin while the rest is on its way."""
+        if unit.recordings is None or unit.recordings in self._published:
+            return
+        self._published.add(unit.recordings)
+        shard = self._shards[plan.units.index(unit)]
+        with tempfile.TemporaryDirectory(prefix="asr-export-recordings-") as folder:
+            data.collect(self._utterances[shard.start : shard.stop], Path(folder))
+            self.share.publish(Path(folder), unit.recordings)
 
     def _cut(self, request: Request, timeout: float | None) -> list[Unit]:
         """The units of a measurement's utterances."""
@@ -197,12 +197,14 @@ class Fleet:
         cut = []
         for i, shard in enumerate(self._shards):
             inside = [probe for probe in request.probes if probe in shard]
+            place = f"{shard.start}-{shard.stop}"  # an interrupted run may go on with units of another size
             cut.append(
                 replace(
                     whole,
                     name=f"{request.folder.name}-{i}",
-                    result=f"{whole.result}/{i}.zip",
-                    inputs=f"inputs/{i}",
+                    result=f"{whole.result}/{place}.zip",
+                    inputs=f"features/{place}",
+                    recordings=f"recordings/{place}",
                     probes=tuple(shard.index(probe) for probe in inside),
                     forced=None if tokens is None else tuple(tokens[probe] for probe in inside),
                 )
@@ -210,13 +212,14 @@ class Fleet:
         return cut
 
     def _cases(self, request: Request, timeout: float | None) -> Unit:
-        """The unit of a measurement's failure classes and modes of transcription."""
+        """The unit of a measurement's failure classes and modes of transcription. Publishes what they hear."""
+        self.share.publish(request.work / data.CASES, data.CASES)
         whole, tokens = self._unit(request, timeout), _tokens(request) or []
         return replace(
             whole,
-            name=f"{request.folder.name}-{CASES}",
-            result=f"{whole.result}/{CASES}.zip",
-            inputs=f"inputs/{CASES}",
+            name=f"{request.folder.name}-{data.CASES}",
+            result=f"{whole.result}/{data.CASES}.zip",
+            inputs=data.CASES,
             probes=tuple(range(len(request.probes))),
             forced=tuple(tokens[probe] for probe in request.probes),
             level=request.level,
@@ -235,6 +238,8 @@ class Fleet:
             target=request.target,
             model=model,
             inputs="",
+            recordings=None,
+            n_mels=self._n_mels,
             probes=(),
             forced=None,
             threads=request.threads,

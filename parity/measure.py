@@ -43,7 +43,8 @@ def measure(
     """Decode every prepared utterance freely and score the probes under teacher forcing.
 
     ``reference`` is the folder of PyTorch's own measurement, whose tokens force the probes; None when this is that one: then
-    the top-2 margin of every step is kept too. The utterances' mels lie in ``work``. Writes ``decoded.jsonl`` and
+    the top-2 margin of every step is kept too. The utterances' mels lie in ``work``, those of the probes once more in its folder
+    ``cases``. Writes ``decoded.jsonl`` and
     ``weights-<i>.npz`` below ``folder``; returns costs: load seconds, peak RSS in MB, size in MB, the kind of decoder, and
     whether its time is that of the runtime; and, where ``level`` is given, what came out of the failure classes and of
     :mod:`parity.modes`.
@@ -56,7 +57,7 @@ def measure(
     opened.score(Path(work), Path(folder), forced)
     costs = opened.costs()
     if level:
-        costs |= opened.cases(Path(work), forced, level, progress)
+        costs |= opened.cases(Path(work) / data.CASES, list(forced.values()), level, progress)
     opened.runner.close()
     return costs
 
@@ -75,8 +76,8 @@ def measure_part(
 ) -> dict[str, Any]:
     """A share of :func:`measure`'s work, over the utterances that lie in ``work``; the model stays open for the next share.
 
-    Without ``level``: the utterances, decoded and scored; with it, the failure classes and the modes of transcription.
-    ``forced`` are PyTorch's tokens of each probe; None for PyTorch itself, which forces its own.
+    Without ``level``: the utterances, decoded and scored; with it, the failure classes and the modes of transcription, and
+    ``work`` holds the probes alone. ``forced`` are PyTorch's tokens of each probe; None for PyTorch itself, which forces its own.
     """
     key = (target, path, threads, max_new_tokens)
     if key not in _kept:
@@ -87,10 +88,9 @@ def measure_part(
     if forced is None:
         own = read_decoded(Path(folder))
         forced = [own[i]["tokens"] for i in probes]
-    tokens = dict(zip(probes, forced, strict=True))
     if level is not None:
-        return opened.cases(Path(work), tokens, level, progress)
-    opened.score(Path(work), Path(folder), tokens)
+        return opened.cases(Path(work), forced, level, progress)
+    opened.score(Path(work), Path(folder), dict(zip(probes, forced, strict=True)))
     return opened.costs()
 
 
@@ -117,15 +117,16 @@ class _Opened:
 
     def decode(self, work: Path, folder: Path, progress: isolate.Progress) -> None:
         """Decode every utterance into ``decoded.jsonl``."""
-        mels = np.load(work / data.MELS, mmap_mode="r")
+        mels, utterances = np.load(work / data.MELS, mmap_mode="r"), data.prepared(work)
         with (folder / DECODED).open("w", encoding="utf-8") as stream:
-            for i, (mel, options) in enumerate(zip(mels, self._policies(work), strict=True)):
+            for i, (mel, utterance, options) in enumerate(zip(mels, utterances, self._policies(work), strict=True)):
                 if self.is_reference:
                     decoded, margins = with_margins(self.runner, np.array(mel[None]), options)
                     extra = {"margins": margins}
                 else:
                     decoded, extra = self.runner.generate(np.array(mel[None]), options)[0], {}
-                print(json.dumps(asdict(decoded) | {"text": text_of(self.tokenizer, decoded.tokens)} | extra), file=stream)
+                said = {"text": text_of(self.tokenizer, decoded.tokens), "duration_s": utterance.duration}
+                print(json.dumps(asdict(decoded) | said | extra), file=stream)
                 progress(f"{i + 1}/{len(mels)}")
 
     def score(self, work: Path, folder: Path, forced: Mapping[int, list[int]]) -> None:
@@ -135,20 +136,14 @@ class _Opened:
             prompt = self.runner.tokens.prompt(policies[i].language)
             _score(self.runner, np.array(mels[i : i + 1]), prompt, tokens, weights_file(folder, i))
 
-    def cases(
-        self, work: Path, forced: Mapping[int, list[int]], level: suite.Level, progress: isolate.Progress
-    ) -> dict[str, Any]:
-        """What comes out of the failure classes and of the modes of transcription."""
+    def cases(self, work: Path, forced: Sequence[list[int]], level: suite.Level, progress: isolate.Progress) -> dict[str, Any]:
+        """What comes out of the failure classes and of the modes of transcription; ``forced`` are the tokens of every probe."""
         progress("failure classes")
         # One thread where there were several, two where there was one.
         reopened = partial(open_runner, self.target, self.source, 2 if self.threads == 1 else 1)
         found = suite.run(self.runner, work, level, reopened, margins=self.is_reference)
         progress("timestamps, beams, words, long form")
-        probes = list(forced)
-        return {
-            "suite": found,
-            "modes": modes.run(self.runner, self.source, work, probes, [forced[i] for i in probes], level),
-        }
+        return {"suite": found, "modes": modes.run(self.runner, self.source, work, forced, level)}
 
     def costs(self) -> dict[str, Any]:
         """What the runner is, and what it took so far."""

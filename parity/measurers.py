@@ -9,6 +9,7 @@ from typing import Protocol
 
 from asr_core import isolate, registry
 from asr_core.isolate import Outcome
+from parity import data
 from parity.suite import Level
 
 LOCAL = "local"  # the cluster that this machine is by itself
@@ -49,6 +50,9 @@ class Measurer(Protocol):
 
     times: list[UnitTime]
 
+    def prepare(self, utterances: list[data.Utterance], n_mels: int, work: Path) -> None:
+        """Learn what will be heard; raises :class:`~asr_core.errors.AudioError` where the features are made here."""
+
     def require(self, target: str) -> None:
         """Raise :class:`~asr_core.errors.UnavailableError` where nothing here can run a target."""
 
@@ -65,6 +69,10 @@ class Alone:
 
     def __init__(self) -> None:
         self.times: list[UnitTime] = []
+
+    def prepare(self, utterances: list[data.Utterance], n_mels: int, work: Path) -> None:
+        """Make the features of all utterances, in ``work``."""
+        data.prepare(utterances, n_mels, work)
 
     def require(self, target: str) -> None:
         """Raise :class:`~asr_core.errors.UnavailableError` where the target's packages are missing."""

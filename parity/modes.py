@@ -85,17 +85,15 @@ def prepare(utterances: Sequence[Utterance], folder: Path) -> None:
         file.writeframes((np.clip(samples, -1, 1) * np.iinfo(np.int16).max).astype("<i2").tobytes())
 
 
-def run(runner: Runner, source: Path, work: Path, probes: Sequence[int], forced: Sequence[list[int]], level: Level) -> Results:
-    """Decode the first probes of a level under every policy, and the recording; JSON-able.
+def run(runner: Runner, source: Path, work: Path, forced: Sequence[list[int]], level: Level) -> Results:
+    """Decode the first of the probes in ``work``, as many as a level wants, under every policy, and the recording; JSON-able.
 
     ``source`` is the artifact's folder, or the checkpoint's; ``forced`` are PyTorch's tokens of every probe, whose words are
     looked for.
     """
-    chosen = list(probes)[: WINDOWS[level]]
-    mels = np.load(work / data.MELS, mmap_mode="r")
-    prepared = data.prepared(work)
-    languages = [prepared[i].language for i in chosen]
-    windows = [np.array(mels[i : i + 1]) for i in chosen]
+    probes = data.prepared(work)[: WINDOWS[level]]
+    languages = [probe.language for probe in probes]
+    windows = [mel[None] for mel in np.load(work / data.MELS)[: len(probes)]]
     prompt = {"prompt": tuple(forced[1 % len(forced)])}
     policies = dict(POLICIES) | ({"prompt": prompt} if runner.tokens.previous is not None else {})
     results: Results = {"decoded": {}, "languages": [runner.detect_language(mel)[0] for mel in windows]}
@@ -106,8 +104,8 @@ def run(runner: Runner, source: Path, work: Path, probes: Sequence[int], forced:
         ]
         results["decoded"][name] = [{"tokens": one.tokens, "sum_logprob": one.sum_logprob} for one in answers]
     results["boundaries"] = [boundaries(one["tokens"], runner.tokens) for one in results["decoded"]["timestamps"]]
-    lengths = [prepared[i].duration for i in chosen]
-    results["words"] = _words(runner, source, windows, languages, [list(forced[i]) for i in range(len(chosen))], lengths)
+    lengths = [probe.duration for probe in probes]
+    results["words"] = _words(runner, source, windows, languages, [list(tokens) for tokens in forced[: len(probes)]], lengths)
     results["long"] = _long(runner, source, work, languages[0], level)
     return results
 

@@ -39,9 +39,9 @@ class Session:
     noise is measured too and bounds are derived from it. ``context`` holds what the report says beside the rows: the decode
     policy of every free-running figure, how the derived bounds came about, and what the intervals are. ``backends_s`` adds up
     the seconds that backends took to load and infer, without the start of their processes; ``features_s`` are those of the
-    features. ``progress`` is told the row's name and its stage. ``level`` is the extent of the failure-class suite, which
-    belongs to ``parity`` alone; with ``full`` the ecosystems' own clients testify too. ``measurer`` is who measures, this
-    machine alone or a fleet.
+    features, ``began_cpu_s`` is this process's time when the measuring began. ``progress`` is told the row's name and its
+    stage. ``level`` is the extent of the failure-class suite, which belongs to ``parity`` alone; with ``full`` the ecosystems'
+    own clients testify too. ``measurer`` is who measures, this machine alone or a fleet.
     """
 
     checkpoint: Checkpoint
@@ -59,6 +59,7 @@ class Session:
     context: dict[str, Any] = field(default_factory=dict)
     backends_s: float = 0.0
     features_s: float = 0.0
+    began_cpu_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.kept = Kept(self.work)
@@ -72,21 +73,23 @@ class Session:
         """Compute the features and measure PyTorch; returns its row. Raises :class:`GateError` where PyTorch itself fails."""
         self.progress(measure.REFERENCE, "features")
         started = time.perf_counter()
-        self.utterances = data.prepare(self.utterances, self.checkpoint.dims.n_mels, self.work)
+        self.measurer.prepare(self.utterances, self.checkpoint.dims.n_mels, self.work)
         self.features_s = time.perf_counter() - started
         if self.gates == "parity":
-            suite.prepare(self.utterances, self.checkpoint.dims.n_mels, self.work)
-            modes.prepare(self.utterances, self.work)
+            self._prepare_cases()
+        self.began_cpu_s = time.process_time()
         outcome = self._measure(measure.REFERENCE, self.checkpoint.path, self.reference)
         if outcome.error is not None:
             raise outcome.error
         if outcome.status != "ok":
             raise GateError(f"PyTorch could not be measured ({outcome.status}): {outcome.reason}")
         self.reference_costs, self.reference_seconds = outcome.result, outcome.seconds
+        decoded = measure.read_decoded(self.reference)
+        self.utterances = [replace(one, duration=row["duration_s"]) for one, row in zip(self.utterances, decoded, strict=True)]
         if self.gates == "parity":
             self.calibration = calibration.calibrate(
                 self.checkpoint.path,
-                self.work,
+                self.work / data.CASES,
                 self.reference,
                 self._probes(),
                 threads=self.threads,
@@ -97,6 +100,13 @@ class Session:
         self.context = self._context()
         row = self._row(measure.REFERENCE, "fp32", self.reference, self.reference_costs)
         return self._through_modes(row, self.reference_costs["modes"]) if self.gates == "parity" else row
+
+    def _prepare_cases(self) -> None:
+        folder, n_mels = self.work / data.CASES, self.checkpoint.dims.n_mels
+        folder.mkdir(exist_ok=True)
+        data.prepare([self.utterances[i] for i in self._probes()], n_mels, folder)
+        suite.prepare(self.utterances, n_mels, folder)
+        modes.prepare(self.utterances, folder)
 
     def expect(self, paths: Iterable[Path]) -> None:
         """Let the measuring of artifact folders begin that :meth:`judge` will be asked about."""

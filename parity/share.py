@@ -11,6 +11,8 @@ import os
 import posixpath
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,7 @@ class Share:
 
     def publish(self, folder: Path, name: str) -> None:
         """Store a folder for :meth:`fetch`, its list of files last; one that is there already stays."""
-        if self.exists(_listing(name)):
+        if self.published(name):
             return
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         for file in files:
@@ -77,6 +79,20 @@ class Share:
                 self._opened[0].get_file(self._at(f"{name}/{file}"), str(part / file))
             part.rename(whole)
         return whole
+
+    def published(self, name: str) -> bool:
+        """Whether a folder is there, with all its files."""
+        return self.exists(_listing(name))
+
+    @contextmanager
+    def borrow(self, name: str) -> Iterator[Path]:
+        """As :meth:`fetch`, until the context ends: what is needed once must not fill the disk."""
+        folder = self.fetch(name)
+        try:
+            yield folder
+        finally:
+            if not self._is_folder:
+                shutil.rmtree(folder)
 
     def write(self, name: str, content: Any) -> None:
         """Store JSON-able data."""

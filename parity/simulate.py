@@ -9,7 +9,7 @@ import heapq
 import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,23 @@ SCALES = 0.8
 
 @dataclass(frozen=True)
 class Costs:
-    """What a unit costs beside its work, in seconds: of the client's features, of the scheduler, of the share.
+    """What a unit costs beside its work, in seconds: of the scheduler, of the share, of the client.
 
-    Each of the three serves one unit at a time, whatever the number of workers; the features of all units come before the first
-    one. ``overhead`` is the worker's own: fetching, packing, waiting for the next unit.
+    Each of the three serves one unit at a time, whatever the number of workers; for the client, who puts results together and
+    compares them, no worker waits. ``overhead`` is the worker's own: fetching, packing, waiting for the next unit.
     """
 
-    features: float = 0.0
     scheduler: float = 0.0025
     write: float = 0.0
+    client: float = 0.0
     overhead: float = 0.0
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """How a run went: seconds until the last result was written, the workers' share of it at work, and what bounds it.
+    """How a run went: seconds until the last result was compared, the workers' share of it at work, and what bounds it.
 
-    ``limit`` is whatever alone would take longest: ``workers`` (the work itself), ``features``, ``scheduler``, ``share`` or
+    ``limit`` is whatever alone would take longest: ``workers`` (the work itself), ``scheduler``, ``share``, ``client`` or
     ``longest unit``.
     """
 
@@ -52,29 +52,29 @@ class Simulated:
 def simulate(times: Sequence[float], workers: int, costs: Costs) -> Simulated:
     """Run units that take ``times`` seconds, in their order, each at the first worker that is free."""
     events = [(0.0, 0, index) for index in range(workers)]  # when, kind (0: free, 1: writes), worker
-    scheduler = share = wall = len(times) * costs.features
+    scheduler = share = client = 0.0
     waiting = iter(times)
     while events:
         now, writes, worker = heapq.heappop(events)
         if writes:
             share = max(now, share) + costs.write
             heapq.heappush(events, (share, 0, worker))
-            wall = share
+            client = max(share, client) + costs.client
             continue
         seconds = next(waiting, None)
         if seconds is None:
             continue
         scheduler = max(now, scheduler) + costs.scheduler
         heapq.heappush(events, (scheduler + costs.overhead + seconds, 1, worker))
-    return Simulated(workers, wall, sum(times) / (workers * wall), _limit(times, workers, costs))
+    return Simulated(workers, client, sum(times) / (workers * client), _limit(times, workers, costs))
 
 
 def _limit(times: Sequence[float], workers: int, costs: Costs) -> str:
     least = {
         "workers": (sum(times) + len(times) * costs.overhead) / workers,
-        "features": len(times) * costs.features,
         "scheduler": len(times) * costs.scheduler,
         "share": len(times) * costs.write,
+        "client": len(times) * costs.client,
         "longest unit": max(times),
     }
     return max(least, key=lambda name: least[name])
@@ -83,7 +83,7 @@ def _limit(times: Sequence[float], workers: int, costs: Costs) -> str:
 def most_workers(times: Sequence[float], costs: Costs) -> dict[str, float]:
     """How many workers each of what they share can keep at work; infinity for what costs nothing."""
     work = sum(times) / len(times) + costs.overhead
-    serial = {"features": costs.features, "scheduler": costs.scheduler, "share": costs.write}
+    serial = {"scheduler": costs.scheduler, "share": costs.write, "client": costs.client}
     bounds = {name: work / cost if cost else float("inf") for name, cost in serial.items()}
     return bounds | {"longest unit": sum(times) / max(times)}
 
@@ -134,11 +134,11 @@ def main(report: Path, hours: float, counts: tuple[int, ...], unit_s: float, sch
         f"measured: {len(units)} units of {mean:.1f} s, {lost:.2f} s a unit beside the work "
         f"({100 * lost / mean:.1f} %; {100 * lost / unit_s:.1f} % of {unit_s:.0f} s)"
     )
-    per_unit = audio_s / work_s * unit_s
     costs = Costs(
-        features=document["harness"].get("features_s", 0.0) / document["data"]["audio_s"] * per_unit,
         scheduler=scheduler_ms / 1000,
         write=write_ms / 1000,
+        # Its part grows with the utterances of a unit, as its work does.
+        client=document["harness"]["client_cpu_s"] / work_s * unit_s,
         overhead=max(0.0, lost),
     )
     times = drawn([unit["own_s"] / mean * unit_s for unit in units], hours * HOUR_S * work_s / audio_s)
@@ -148,8 +148,6 @@ def main(report: Path, hours: float, counts: tuple[int, ...], unit_s: float, sch
         click.echo(f"{count:6} workers: {one.wall_s / HOUR_S:9.2f} h, {100 * one.busy:5.1f} % at work, bound by {one.limit}")
     for name, bound in sorted(most_workers(times, costs).items(), key=lambda pair: pair[1]):
         click.echo(f"{name} keeps {bound:.0f} workers at work")
-    prepared = simulate(times, 64, replace(costs, features=0.0))
-    click.echo(f"with the features at hand, 64 workers: {prepared.wall_s / HOUR_S:.2f} h, {100 * prepared.busy:.1f} % at work")
 
 
 if __name__ == "__main__":

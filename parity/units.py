@@ -12,7 +12,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from parity.suite import Level
 
 ANSWER = "outcome.json"
 MEASURE = "parity.measure:measure_part"
+PREPARE = "parity.data:prepare_collected"
 # A window takes about this long for every parameter on one thread of a server, encoder and a sentence of decoding.
 PARAMETER_S = 1e-8
 UNIT_S = 30.0
@@ -35,8 +36,9 @@ UNIT_S = 30.0
 class Unit:
     """One share of an artifact's measurement: what :func:`parity.measure.measure_part` needs.
 
-    ``result`` is the file that it makes in the share, ``model`` and ``inputs`` are folders published there; ``timeout`` is in
-    seconds. ``code`` is the version of the sources that all of a run's figures come from.
+    ``result`` is the file that it makes in the share, ``model`` and ``inputs`` (features) are folders published there;
+    ``recordings`` is the one that the inputs are made from, with ``n_mels`` bins, where no unit did it before; None where they
+    are there. ``timeout`` is in seconds. ``code`` is the version of the sources that all of a run's figures come from.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Unit:
     target: str
     model: str
     inputs: str
+    recordings: str | None
+    n_mels: int
     probes: tuple[int, ...]
     forced: tuple[tuple[int, ...], ...] | None
     threads: int
@@ -109,18 +113,36 @@ def run(unit: Unit, address: str, begun: Callable[[], None] = lambda: None) -> d
 
 def _measure(unit: Unit, share: Share, folder: str) -> Outcome:
     model = str(share.fetch(unit.model))
-    arguments = {
-        "target": unit.target,
-        "path": model,
-        "work": str(share.fetch(unit.inputs)),
-        "folder": folder,
-        "probes": unit.probes,
-        "forced": unit.forced,
-        "threads": unit.threads,
-        "max_new_tokens": unit.max_new_tokens,
-        "level": unit.level,
-    }
-    return _kept.process(model, unit.threads).call(MEASURE, arguments, timeout=unit.timeout)
+    process = _kept.process(model, unit.threads)
+    made = _make_inputs(unit, share, process)
+    if made.status != "ok":
+        return made
+    with share.borrow(unit.inputs) as inputs:
+        arguments = {
+            "target": unit.target,
+            "path": model,
+            "work": str(inputs),
+            "folder": folder,
+            "probes": unit.probes,
+            "forced": unit.forced,
+            "threads": unit.threads,
+            "max_new_tokens": unit.max_new_tokens,
+            "level": unit.level,
+        }
+        outcome = process.call(MEASURE, arguments, timeout=unit.timeout)
+    return replace(outcome, seconds=made.seconds + outcome.seconds, own_s=made.own_s + outcome.own_s)
+
+
+def _make_inputs(unit: Unit, share: Share, process: isolate.Process) -> Outcome:
+    """Make a shard's features once for all: other machines round otherwise, and every artifact must hear what PyTorch heard."""
+    if unit.recordings is None or share.published(unit.inputs):
+        return Outcome("ok", {}, "", 0.0)
+    with share.borrow(unit.recordings) as recordings, tempfile.TemporaryDirectory(prefix="asr-export-features-") as folder:
+        arguments = {"collected": str(recordings), "n_mels": unit.n_mels, "folder": folder}
+        outcome = process.call(PREPARE, arguments, timeout=unit.timeout)
+        if outcome.status == "ok":
+            share.publish(Path(folder), unit.inputs)
+    return outcome
 
 
 def abandon(name: str | None = None) -> None:

@@ -32,15 +32,21 @@ def test_a_share_takes_one_result_at_a_time():
     assert (one.wall_s, one.limit) == (9.0, "share")
 
 
-def test_features_come_first_and_overhead_is_the_workers():
-    one = simulate.simulate([3.0, 3.0], 2, Costs(features=5.0, scheduler=0.0, overhead=1.0))
-    assert (one.wall_s, one.limit) == (14.0, "features")
+def test_overhead_is_the_workers():
+    one = simulate.simulate([3.0, 3.0], 2, Costs(scheduler=0.0, overhead=1.0))
+    assert (one.wall_s, one.limit) == (4.0, "workers")
+
+
+def test_the_client_compares_one_result_at_a_time_and_no_worker_waits_for_it():
+    """One worker is done at 1, 2 and 3; the client at 6, 11 and 16."""
+    one = simulate.simulate([1.0] * 3, 1, Costs(scheduler=0.0, client=5.0))
+    assert (one.wall_s, one.limit) == (16.0, "client")
 
 
 def test_where_each_bound_lies():
     bounds = most_workers([9.0, 27.0], Costs(scheduler=0.1, write=0.5, overhead=2.0))
     assert bounds == {
-        "features": float("inf"), "scheduler": pytest.approx(200), "share": pytest.approx(40),
+        "scheduler": pytest.approx(200), "share": pytest.approx(40), "client": float("inf"),
         "longest unit": pytest.approx(4 / 3)
     }  # fmt: skip
 
@@ -68,7 +74,7 @@ def test_overhead_is_what_the_workers_did_not_work():
 
 
 def test_the_command_says_where_it_ends(tmp_path):
-    document = {"units": UNITS, "data": {"audio_s": 120.0, "utterances": 12}, "harness": {"features_s": 1.2}}
+    document = {"units": UNITS, "data": {"audio_s": 120.0, "utterances": 12}, "harness": {"client_cpu_s": 1.2}}
     (tmp_path / "report.json").write_text(json.dumps(document))
     done = CliRunner().invoke(
         simulate.main, [str(tmp_path / "report.json"), "--hours", "10", "--workers", "1", "--workers", "64"]

@@ -5,16 +5,21 @@ import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from asr_core.errors import StorageError, UsageError
+from asr_core.errors import AudioError, StorageError, UsageError
 from asr_export import parity
-from parity import units
+from parity import data, units
 from parity.share import Share
 from parity.units import Unit
 
-UNIT = Unit("onnx-0", "results/onnx/0.zip", "onnx", "models/onnx", "inputs/0", (), (), 1, None, None, None, "other sources")
+UNIT = Unit(
+    name="onnx-0", result="results/onnx/0-1.zip", target="onnx", model="models/onnx", inputs="features/0-1",
+    recordings="recordings/0-1", n_mels=80, probes=(), forced=(), threads=1, max_new_tokens=None, level=None, timeout=None,
+    code="other sources",
+)  # fmt: skip
 
 
 @pytest.fixture(params=["folder", "memory://{name}"])
@@ -45,6 +50,40 @@ def test_a_folder_is_fetched_as_it_was_published(share, tmp_path):
     fetched = share.fetch("models/m")
     assert (fetched / "deep" / "weights").read_text() == (fetched / "link").read_text() == "first"
     assert share.fetch("models/m") == fetched
+
+
+def test_what_was_borrowed_leaves_nothing_behind(share, tmp_path):
+    (tmp_path / "shard").mkdir()
+    (tmp_path / "shard" / "mels").write_text("first")
+    share.publish(tmp_path / "shard", "features/0-1")
+    assert share.published("features/0-1")
+    with share.borrow("features/0-1") as folder:
+        assert (folder / "mels").read_text() == "first"
+    kept = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()] if (tmp_path / "cache").exists() else []
+    assert not kept
+    with share.borrow("features/0-1") as folder:
+        assert (folder / "mels").read_text() == "first"
+
+
+def test_recordings_that_travelled_give_the_same_features(share, tmp_path, clips):
+    utterances = [data.Utterance(clip.stem, clip, "words") for clip in clips[:3]]
+    for name in ("links", "here", "there"):
+        (tmp_path / name).mkdir()
+    data.prepare(utterances, 80, tmp_path / "here")
+    data.collect(utterances, tmp_path / "links")
+    share.publish(tmp_path / "links", "recordings/0-3")
+    with share.borrow("recordings/0-3") as recordings:
+        data.prepare_collected(str(recordings), 80, str(tmp_path / "there"))
+    assert data.prepared(tmp_path / "there") == data.prepared(tmp_path / "here")
+    np.testing.assert_array_equal(np.load(tmp_path / "there" / data.MELS), np.load(tmp_path / "here" / data.MELS))
+
+
+def test_a_recording_that_travelled_is_named_as_the_user_knows_it(tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "spoken.wav").write_bytes(b"no audio")
+    data.collect([data.Utterance("spoken", tmp_path / "spoken.wav", "words")], tmp_path / "links")
+    with pytest.raises(AudioError, match=rf"^{tmp_path}/spoken\.wav is not audio"):
+        data.prepare_collected(str(tmp_path / "links"), 80, str(tmp_path))
 
 
 def test_nothing_of_an_unfinished_file_shows(share, tmp_path, monkeypatch):
