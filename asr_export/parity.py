@@ -184,7 +184,7 @@ def measure_all(
         "wall_s": time.perf_counter() - started,
         "features_s": session.features_s,
         "backends_s": session.backends_s,
-        "client_cpu_s": time.process_time() - session.began_cpu_s,
+        "client_cpu_s": time.thread_time() - session.prepared_cpu_s,
     }
     return Measured(rows, behind, session)
 

@@ -39,9 +39,9 @@ class Session:
     noise is measured too and bounds are derived from it. ``context`` holds what the report says beside the rows: the decode
     policy of every free-running figure, how the derived bounds came about, and what the intervals are. ``backends_s`` adds up
     the seconds that backends took to load and infer, without the start of their processes; ``features_s`` are those of the
-    features, ``began_cpu_s`` is this process's time when the measuring began. ``progress`` is told the row's name and its
-    stage. ``level`` is the extent of the failure-class suite, which belongs to ``parity`` alone; with ``full`` the ecosystems'
-    own clients testify too. ``measurer`` is who measures, this machine alone or a fleet.
+    features, ``prepared_cpu_s`` is what this thread had computed when PyTorch was measured. ``progress`` is told the row's
+    name and its stage. ``level`` is the extent of the failure-class suite, which belongs to ``parity`` alone; with ``full``
+    the ecosystems' own clients testify too. ``measurer`` is who measures, this machine alone or a fleet.
     """
 
     checkpoint: Checkpoint
@@ -59,7 +59,7 @@ class Session:
     context: dict[str, Any] = field(default_factory=dict)
     backends_s: float = 0.0
     features_s: float = 0.0
-    began_cpu_s: float = 0.0
+    prepared_cpu_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.kept = Kept(self.work)
@@ -77,7 +77,6 @@ class Session:
         self.features_s = time.perf_counter() - started
         if self.gates == "parity":
             self._prepare_cases()
-        self.began_cpu_s = time.process_time()
         outcome = self._measure(measure.REFERENCE, self.checkpoint.path, self.reference)
         if outcome.error is not None:
             raise outcome.error
@@ -99,7 +98,9 @@ class Session:
             self.backends_s += self.calibration.own_s
         self.context = self._context()
         row = self._row(measure.REFERENCE, "fp32", self.reference, self.reference_costs)
-        return self._through_modes(row, self.reference_costs["modes"]) if self.gates == "parity" else row
+        row = self._through_modes(row, self.reference_costs["modes"]) if self.gates == "parity" else row
+        self.prepared_cpu_s = time.thread_time()
+        return row
 
     def _prepare_cases(self) -> None:
         folder, n_mels = self.work / data.CASES, self.checkpoint.dims.n_mels

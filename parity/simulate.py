@@ -134,11 +134,12 @@ def main(report: Path, hours: float, counts: tuple[int, ...], unit_s: float, sch
         f"measured: {len(units)} units of {mean:.1f} s, {lost:.2f} s a unit beside the work "
         f"({100 * lost / mean:.1f} %; {100 * lost / unit_s:.1f} % of {unit_s:.0f} s)"
     )
+    heard = [unit["utterances"] for unit in units if not unit["name"].startswith(REFERENCE)]
+    compared_s = document["harness"]["client_cpu_s"] / sum(heard) if heard else 0.0
     costs = Costs(
         scheduler=scheduler_ms / 1000,
         write=write_ms / 1000,
-        # Its part grows with the utterances of a unit, as its work does.
-        client=document["harness"]["client_cpu_s"] / work_s * unit_s,
+        client=compared_s * sum(unit["utterances"] for unit in units) / work_s * unit_s,
         overhead=max(0.0, lost),
     )
     times = drawn([unit["own_s"] / mean * unit_s for unit in units], hours * HOUR_S * work_s / audio_s)
