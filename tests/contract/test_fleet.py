@@ -10,6 +10,7 @@ import time
 
 import psutil
 import pytest
+import soundfile
 from distributed import Client, LocalCluster
 
 from asr_core.checkpoint import Checkpoint
@@ -116,6 +117,8 @@ def test_killed_workers_and_a_straggler_change_nothing(talkative, spoken, artifa
         measurer.client.subscribe_topic(fleet.TOPIC, lambda event: (measurer._begun(event), fate(event)))
         together = measured(talkative, spoken, artifacts, tmp_path / "together", measurer)
     assert together == alone
+    seconds = sum(soundfile.info(one.path).duration for one in spoken)
+    assert json.loads(together)["data"]["audio_s"] == pytest.approx(seconds, abs=0.01)
     assert sorted(fate.met) == sorted([*KILLED, SLOW])
     assert not (tmp_path / "share").exists()
 

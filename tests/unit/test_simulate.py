@@ -81,5 +81,6 @@ def test_the_command_says_where_it_ends(tmp_path):
     )
     assert done.exit_code == 0, done.output
     assert "measured: 3 units of 9.7 s, 0.83 s a unit beside the work (8.6 %; 2.8 % of 30 s)" in done.output
+    assert "'client': 1.24" in done.output  # .1 s an utterance, 12 in 29 s of work: of 30 s
     assert "64 workers" in done.output
     assert "longest unit keeps" in done.output

@@ -78,6 +78,13 @@ def test_recordings_that_travelled_give_the_same_features(share, tmp_path, clips
     np.testing.assert_array_equal(np.load(tmp_path / "there" / data.MELS), np.load(tmp_path / "here" / data.MELS))
 
 
+def test_features_are_made_once(share, tmp_path):
+    (tmp_path / "shard").mkdir()
+    share.publish(tmp_path / "shard", UNIT.inputs)
+    nobody = None  # who would make them
+    assert units._make_inputs(UNIT, share, nobody).status == "ok"
+
+
 def test_a_recording_that_travelled_is_named_as_the_user_knows_it(tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "spoken.wav").write_bytes(b"no audio")
